@@ -1,0 +1,52 @@
+"""Every library notebook is a test: its lesson cells run against the *exported* module, so that what the reader sees is what runs."""
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+
+matplotlib.use("Agg")
+EXPORTED = re.compile(r"^#\|\s*(export|exporti|exports|default_exp)\b", re.M)
+SKIPPED = re.compile(r"^#\|\s*eval:\s*false", re.M)
+
+
+def pytest_collect_file(parent: pytest.Collector, file_path: Path) -> pytest.Collector | None:
+    if file_path.suffix == ".ipynb" and "pipelines" not in file_path.parts and ".ipynb_checkpoints" not in file_path.parts:
+        return Notebook.from_parent(parent, path=file_path)
+    return None
+
+
+class Notebook(pytest.File):
+    "One notebook; library notebooks (with a `default_exp`) give one item."
+
+    def collect(self):
+        cells = [(n, "".join(c["source"])) for n, c in enumerate(json.loads(self.path.read_text())["cells"]) if c["cell_type"] == "code"]
+        module = next((m[1] for _, s in cells if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", s, re.M))), None)
+        if module:
+            yield Lessons.from_parent(self, name=f"recsys.{module}", cells=[c for c in cells if not EXPORTED.search(c[1]) and not SKIPPED.search(c[1])])
+
+
+class Lessons(pytest.Item):
+    "The cells of a notebook that are not exported, in order, in the module's own namespace."
+
+    def __init__(self, *, cells: list[tuple[int, str]], **kw):
+        super().__init__(**kw)
+        self.cells, self.at = cells, -1
+
+    def runtest(self) -> None:
+        space = dict(vars(importlib.import_module(self.name)), display=lambda *a, **k: None)
+        for self.at, source in self.cells:
+            exec(compile(source, f"{self.path.name}[cell {self.at}]", "exec"), space)  # noqa: S102  the notebook's own cell
+        plt.close("all")
+
+    def repr_failure(self, excinfo, style=None):
+        source = dict(self.cells).get(self.at, "")
+        return f"{self.path.name}, cell {self.at}:\n{source}\n\n{super().repr_failure(excinfo, style='short')}"
+
+    def reportinfo(self):
+        return self.path, 0, f"lessons of {self.name}"
