@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib
@@ -40,7 +42,8 @@ class Lessons(pytest.Item):
 
     def runtest(self) -> None:
         space = dict(vars(importlib.import_module(self.name)), display=lambda *a, **k: None)
-        for self.at, source in self.cells:
+        for at, source in self.cells:
+            self.at = at
             exec(compile(source, f"{self.path.name}[cell {self.at}]", "exec"), space)  # noqa: S102  the notebook's own cell
         plt.close("all")
 
@@ -50,3 +53,23 @@ class Lessons(pytest.Item):
 
     def reportinfo(self):
         return self.path, 0, f"lessons of {self.name}"
+
+
+DATA = Path(os.environ.get("RECSYS_DATA", Path(__file__).parent.parent / "shared" / "data"))
+PROGRAMS = {"browser": ("chromium",), "redis": ("redis-server", "valkey-server")}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    "What a test needs of the machine: skipped where it is absent and cannot be had; a missing program is a failure in CI."
+    for marker, programs in PROGRAMS.items():
+        if item.get_closest_marker(marker) and not any(map(shutil.which, programs)):
+            missing = f"needs {' or '.join(programs)}: make system"
+            pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
+    if item.get_closest_marker("real") and not DATA.is_dir():
+        pytest.skip(f"no real data at {DATA}: set RECSYS_DATA to its folder")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    "The folder of real data."
+    return DATA

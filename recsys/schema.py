@@ -13,7 +13,6 @@ __all__ = ['EVENT_ID', 'USER_ID', 'SESSION_ID', 'ITEM_ID', 'TYPE', 'TS', 'KNOWN_
            'first_broken', 'broken_index']
 
 # %% ../nbs/00_core/01_schema.ipynb #fd22efb1
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +132,7 @@ def number(field: str, low: float, high: float, *, whole: bool = False, required
     def holds(record: Mapping[str, Any], now: int) -> bool:
         value = record.get(field)
         if value is None: return not required
-        return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+        return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high  # NaN is in no range
 
     def expr(now: int) -> pl.Expr: return pl.col(field).is_between(low, high).fill_null(not required)
     return Rule(field, f"must be {'a whole number' if whole else 'a number'} from {low:g} to {high:g}", remedy, holds, expr)

@@ -34,7 +34,7 @@ def imports(path: Path) -> list[str]:
             here = path.relative_to(ROOT).with_suffix("").parts
             above = ".".join(here[: -node.level]) + "." if node.level else ""
             names += [f"{above}{node.module or ''}.{a.name}".replace("..", ".") for a in node.names]
-    return [n for n in names if n.split(".")[0] == "recsys"]
+    return [n for n in names if n.split(".")[0] == "recsys" and n != "recsys.__version__"]
 
 
 NUMBERS = {m: int(p.name[:2]) for p in NOTEBOOKS if (m := exported(p))}

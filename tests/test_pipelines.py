@@ -1,0 +1,114 @@
+"""The pipelines on the three kinds of data that a shop may have, and on the ways in which a retrain may end."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from recsys.lake.tables import Lake
+from recsys.models import bundle, release
+from recsys.models.contract import Filled
+from recsys.ops import flows
+from recsys.ops.flows import FlowError
+from recsys.prep.sequences import Sequences
+from recsys.schema import EVENTS, ITEM_ID, ITEMS, TS, TS_IS_ORDER
+from recsys.settings import Home, load
+from recsys.simulator import Size, World
+from recsys.synth import checkerboard, shop
+
+
+def opened(folder: Path, events: pl.DataFrame, items: pl.DataFrame | None = None) -> Home:
+    home = Home.open(folder)
+    Lake(home.lake).append("events", events.select(list(EVENTS)))
+    if items is not None: Lake(home.lake).append("items", items.select(list(ITEMS)))
+    return home
+
+
+def retrain(home: Home, **params: str) -> dict[str, Any]:
+    done = flows.run("retrain", params, home=home, settings=load(home=home.path), runs=home.path / "runs")
+    assert done.status == "done" and [s.status for s in done.steps] == ["done"] * 4 and done.data_version == Lake(home.lake).version("events")
+    return json.loads((Path(done.folder) / "04_publish.json").read_text())
+
+
+def slate(home: Home, history: list[str]) -> list[str | None]:
+    found = release.load(bundle.champion(home.registry))
+    first, *rest = found.models.values()
+    model = Filled(first, rest[0]) if rest else first
+    query = Sequences.from_lists([found.vocab.encode(history)])
+    return found.vocab.decode(model.recommend(query, k=5, exclude=query).items[0])
+
+
+def test_a_shop_with_times_from_first_champion_to_refusal(tmp_path):
+    world = World(Size(400, 150, 24), start_ms=1_767_225_600_000)
+    days = list(world.events())
+    home = opened(tmp_path / "home", pl.concat(days[:-2]), world.items)
+    first = retrain(home, epochs="1")
+    assert first["promoted"] and first["recipe"].startswith("covisit") and first["cases"] >= 100 and first["champion"] == first["bundle"]
+    about = bundle.manifest(bundle.champion(home.registry)).about
+    assert about["model"] == "covisit" and about["metrics"]["ndcg"]["low"] > 0 and about["k"] == 10 and about["asof"] == about["data"]["last"] + 1
+    assert all(slate(home, [days[0][ITEM_ID].drop_nulls()[0]]))
+
+    Lake(home.lake).append("events", pl.concat(days[-2:]).select(list(EVENTS)))
+    worse = retrain(home, model="popular")
+    assert not worse["promoted"] and worse["bundle"] != worse["champion"] == first["champion"]
+    assert any("may be worse than the champion" in r or "baseline does" in r for r in worse["reasons"])
+    assert len(bundle.list_bundles(home.registry)) == 2  # kept, for whoever wants to look
+
+    fresh = retrain(home)
+    assert fresh["promoted"] and fresh["champion"] == fresh["bundle"] != first["champion"]
+    assert bundle.rollback(home.registry).bundle == first["champion"]
+
+
+def test_data_that_hold_only_an_order(tmp_path):
+    board = checkerboard(users=240, items=60, groups=4)
+    ordered = board.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias(TS), pl.lit(True).alias(TS_IS_ORDER))
+    home = opened(tmp_path / "home", ordered.with_columns(known_ts=pl.col(TS)))
+    found = retrain(home)
+    assert found["promoted"] and found["recipe"].startswith("covisit(half_life_days=None, gap_days=None")
+    assert {int(i[1:]) % 4 for i in slate(home, ["i1", "i5"])} == {1}
+
+
+def test_a_new_shop_starts_somewhere(tmp_path):
+    world = shop()
+    home = opened(tmp_path / "home", world.events.head(1), world.items)
+    alone = retrain(home)
+    assert alone["promoted"] and alone["recipe"] == "popular" and alone["cases"] == 0 and alone["metrics"] == {}
+    assert "popular items, until there is something better" in alone["reasons"][0]
+    assert slate(home, [])[0] == "mug" and len(slate(home, [])) == 5
+    Lake(home.lake).append("events", world.events.slice(1))
+    asked = retrain(home, model="covisit")
+    assert not asked["promoted"] and "decide nothing" in asked["reasons"][0] and asked["champion"] == alone["bundle"]
+
+
+@pytest.mark.long
+def test_a_small_shop_keeps_up_with_its_data_and_only_with_them(tmp_path):
+    world = shop()
+    home = opened(tmp_path / "home", world.events.head(4), world.items)
+    first = retrain(home)
+    Lake(home.lake).append("events", world.events.slice(4))
+    more = retrain(home)
+    assert more["promoted"] and "too few to compare" in more["reasons"][0] and more["recipe"] == "popular"
+    Lake(home.lake).compact("events")  # another version of the same data
+    idle = retrain(home)
+    assert not idle["promoted"] and idle["bundle"] is None and "nothing new" in idle["reasons"][0]
+    assert idle["champion"] == more["champion"] != first["champion"]
+
+
+def test_an_empty_lake_says_what_to_do(tmp_path):
+    with pytest.raises(FlowError, match="the lake holds no events; bring some: recsys ingest"): retrain(Home.open(tmp_path / "home"))
+
+
+def test_ingest_as_a_flow(tmp_path):
+    path = tmp_path / "events.jsonl"
+    rows = shop().events.select("event_id", "user_id", "item_id", "type", "ts").to_dicts()
+    path.write_text("\n".join(json.dumps(r) for r in [*rows, rows[0], {**rows[0], "event_id": "x", "type": "click"}]))
+    home = Home.open(tmp_path / "home")
+    done = flows.run("ingest", {"path": str(path), "format": "jsonl"}, home=home, settings=load(home=home.path), runs=tmp_path / "runs")
+    found = json.loads((Path(done.folder) / "01_ingest.json").read_text())
+    assert (found["read"], found["accepted"], found["duplicates"], found["quarantined"]) == (len(rows) + 2, len(rows), 1, 1)
+    assert Lake(home.lake).rows("events") == len(rows) and done.data_version == found["data_version"]
+    with pytest.raises(FlowError, match="format = 'xml': must be one of jsonl, csv"):
+        flows.run("ingest", {"path": str(path), "format": "xml"}, home=home, settings=load(home=home.path), runs=tmp_path / "runs")
