@@ -35,7 +35,7 @@ run: setup ## the whole system: make run, or make run DATA=events.parquet FORMAT
 	@$(BIN)/recsys up $(if $(DATA),--data '$(DATA)' --format '$(or $(FORMAT),$(error FORMAT is missing: make run DATA=path FORMAT=name))',--demo) $(ARGS)
 
 lab: setup ## JupyterLab on the notebooks
-	@RECSYS_HOME=$${RECSYS_HOME:-$$(pwd)/.recsys} $(BIN)/jupyter lab --ServerApp.root_dir="$$(pwd)"
+	@RECSYS_HOME=$${RECSYS_HOME:-$$(pwd)/.recsys} $(BIN)/jupyter lab --ServerApp.root_dir="$$(pwd)" --LabApp.default_url=/lab/tree/nbs
 
 lint: setup-dev ## ruff and mypy
 	@$(BIN)/ruff check .
