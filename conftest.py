@@ -1,4 +1,5 @@
-"""Every library notebook is a test: its lesson cells run against the *exported* module, so that what the reader sees is what runs."""
+"""Every notebook for people is a test. The lesson cells of a library notebook run against the *exported* module, so that what the reader sees is
+what runs; a tutorial and the index run from their first cell."""
 from __future__ import annotations
 
 import importlib
@@ -24,12 +25,13 @@ def pytest_collect_file(parent: pytest.Collector, file_path: Path) -> pytest.Col
 
 
 class Notebook(pytest.File):
-    "One notebook; library notebooks (with a `default_exp`) give one item."
+    "One notebook gives one item. Pipelines are left to the tests of the flows, dashboards to those of the page."
 
     def collect(self):
         cells = [(n, "".join(c["source"])) for n, c in enumerate(json.loads(self.path.read_text())["cells"]) if c["cell_type"] == "code"]
         module = next((m[1] for _, s in cells if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", s, re.M))), None)
-        if module:
+        if module is None: yield Lessons.from_parent(self, name="tutorial", cells=cells)
+        else:
             yield Lessons.from_parent(self, name=f"recsys.{module}", cells=[c for c in cells if not EXPORTED.search(c[1]) and not SKIPPED.search(c[1])])
 
 
@@ -41,7 +43,8 @@ class Lessons(pytest.Item):
         self.cells, self.at = cells, -1
 
     def runtest(self) -> None:
-        space = dict(vars(importlib.import_module(self.name)), display=lambda *a, **k: None)
+        module = vars(importlib.import_module(self.name)) if self.name.startswith("recsys.") else {}
+        space = dict(module, display=lambda *a, **k: None)
         for at, source in self.cells:
             self.at = at
             exec(compile(source, f"{self.path.name}[cell {self.at}]", "exec"), space)  # noqa: S102  the notebook's own cell

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +29,17 @@ from recsys.schema import EVENT_ID, ITEM_ID, RECOMMENDATION_ID, USER_ID
 from recsys.settings import Home
 
 RECSYS = str(Path(sys.executable).parent / "recsys")
+RUNS = Path(__file__).parents[1] / "reports" / "runs"
 SMALL = ["--shoppers", "400", "--items", "150", "--days", "14"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_no_runs_behind() -> Iterator[None]:
+    "Executed notebooks of a checkout's flows go to reports/runs; those of these homes go with the tests."
+    before = set(RUNS.glob("*"))
+    yield
+    for folder in set(RUNS.glob("*")) - before:
+        if "pytest-of-" in json.loads((folder / "flow.json").read_text())["home"]: shutil.rmtree(folder)
 
 
 def free_port() -> int:

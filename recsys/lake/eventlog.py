@@ -7,6 +7,7 @@ __all__ = ['BUSY_MS', 'WAL_PAGES', 'REMEDIES', 'Moment', 'EVENT_TABLES', 'PACKED
            'ADD_EVENT', 'ADD_IMPRESSION', 'USERS', 'ROWS', 'SPAN', 'FEW', 'SQLiteEventLog']
 
 # %% ../../nbs/10_lake/13_eventlog.ipynb #6dfebaf7
+import fcntl
 import os
 import secrets
 import shutil
@@ -68,7 +69,9 @@ class _Database:
     def connection(self) -> sqlite3.Connection:
         "This thread's own, in this process."
         if getattr(self._local, "pid", None) != os.getpid():
-            try: self._local.connection = _open(self.path, self._synchronous)
+            try:
+                self._local.connection = _open(self.path, self._synchronous)
+                self._local.turn = self.path.with_suffix(".turn").open("w")
             except sqlite3.Error as e: raise _failed(self.path, e) from e
             self._local.pid = os.getpid()
         return self._local.connection
@@ -77,6 +80,7 @@ class _Database:
     def write(self) -> Iterator[sqlite3.Connection]:
         "A transaction: all of it stored at the end of the block, or none of it."
         connection = self.connection
+        fcntl.flock(self._local.turn, fcntl.LOCK_EX)
         try:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
@@ -85,6 +89,7 @@ class _Database:
             if connection.in_transaction: connection.execute("ROLLBACK")
             if isinstance(e, sqlite3.Error): raise _failed(self.path, e) from e
             raise
+        finally: fcntl.flock(self._local.turn, fcntl.LOCK_UN)
 
     def one(self, sql: str, *values: Any) -> Any:
         "The first row of a query, or None."
@@ -98,7 +103,8 @@ class _Database:
 
     def close(self) -> None:
         "Close this thread's connection; those of other threads close with their thread."
-        if connection := self._local.__dict__.pop("connection", None): connection.close()
+        for held in ("connection", "turn"):
+            if one := self._local.__dict__.pop(held, None): one.close()
         self._local.pid = None
 
 # %% ../../nbs/10_lake/13_eventlog.ipynb #8a6317a4
@@ -212,7 +218,7 @@ class _Questions(_Intake):
         return self._of(stream).identity
 
 # %% ../../nbs/10_lake/13_eventlog.ipynb #314f670a
-USERS, ROWS, SPAN = 200, 1000, 50_000  # users packed, and rows deleted, in one transaction; rows looked at together
+USERS, ROWS, SPAN = 200, 500, 50_000  # users packed, and rows deleted, in one transaction; rows looked at together
 FEW = 32  # so many live events of a user are read as quickly as packed ones, about
 
 
