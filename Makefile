@@ -42,10 +42,10 @@ lint: setup-dev ## ruff and mypy
 	@$(BIN)/mypy
 
 test: setup-dev system lint ## what CI checks, the same way
-	@$(BIN)/python -m pytest -m 'not long' --cov=recsys --cov-report=term:skip-covered --durations=15
+	@$(BIN)/python -m pytest -m 'not long' -n 2 --dist loadfile --cov=recsys --cov-report=term:skip-covered --durations=15
 
 test-all: setup-dev system lint ## the long counts too
-	@$(BIN)/python -m pytest --cov=recsys --cov-report=term:skip-covered --durations=30
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --cov=recsys --cov-report=term:skip-covered --durations=30
 
 export: setup-dev ## notebooks -> package, cleaned; and the README
 	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(MAKE) --no-print-directory readme

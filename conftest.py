@@ -62,6 +62,13 @@ DATA = Path(os.environ.get("RECSYS_DATA", Path(__file__).parent.parent / "shared
 PROGRAMS = {"browser": ("chromium",), "redis": ("redis-server", "valkey-server")}
 
 
+LONGEST = ("test_ring.py", "test_pipelines.py", "test_flows.py")  # begun first, so that two workers end together
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     "What a test needs of the machine: skipped where it is absent and cannot be had; a missing program is a failure in CI."
     for marker, programs in PROGRAMS.items():
