@@ -142,6 +142,6 @@ def exposition() -> bytes:
     return prometheus_client.generate_latest(registry)
 
 
-def forget_process(pid: int) -> None:
-    "A worker has died: drop its gauges. Its counts stay, for what it did was done."
-    if MULTIPROC in os.environ: multiprocess.mark_process_dead(pid)
+def forget_process(pid: int, *, folder: Path | None = None) -> None:
+    "A worker has died: drop its gauges from the shared folder (default: this process's own). Its counts stay, for what it did was done."
+    if folder is not None or MULTIPROC in os.environ: multiprocess.mark_process_dead(pid, str(folder) if folder else None)

@@ -67,7 +67,7 @@ def test_data_that_hold_only_an_order(tmp_path):
     ordered = board.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias(TS), pl.lit(True).alias(TS_IS_ORDER))
     home = opened(tmp_path / "home", ordered.with_columns(known_ts=pl.col(TS)))
     found = retrain(home)
-    assert found["promoted"] and found["recipe"].startswith("covisit(half_life_days=None, gap_days=None")
+    assert found["promoted"] and found["recipe"].startswith("covisit(gap_days=None, half_life_days=None")
     assert {int(i[1:]) % 4 for i in slate(home, ["i1", "i5"])} == {1}
 
 

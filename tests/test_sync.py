@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,13 @@ def test_export_and_clean_change_nothing(tmp_path: Path):
         assert ours == theirs, f"{name}: made or lost by the export: {ours ^ theirs}"
         different = [str(p) for p in sorted(ours) if not filecmp.cmp(ROOT / name / p, tmp_path / name / p, shallow=False)]
         assert not different, f"{name}: run `make export`; these differ from the notebooks: {different}"
+
+
+def test_no_cell_stands_twice():
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        cells = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"]]
+        twice = [c for c in set(cells) if len(c) > 60 and cells.count(c) > 1]
+        assert not twice, f"{path.name}: {twice[0]!r}"
 
 
 def test_readme_is_the_index_notebook():

@@ -325,4 +325,6 @@ def test_gates_need_comparable_evaluations():
     a, b = judged(np.zeros(200)), judged(np.zeros(300))
     with pytest.raises(ValueError, match="other cases"): decide(a, champion=b, baseline=a, seed=0)
     with pytest.raises(ValueError, match="recall@3"): decide(a, champion=None, baseline=a, seed=0, metric="recall@3")
-    assert decide(a, champion=None, baseline=a, seed=0).promote  # the baseline takes an empty place
+    assert "nobody answers" in decide(a, champion=None, baseline=a, seed=0).reasons[0]
+    some = judged(np.linspace(0, 1, 200))
+    assert decide(some, champion=None, baseline=some, seed=0).promote  # the baseline takes an empty place

@@ -196,7 +196,8 @@ def _retail_columns(batch: Batch) -> list[pl.Expr]:
 # %% ../../nbs/10_lake/16_formats.ipynb #5f8140da
 def _yoochoose(path: str | Path, *, batch_rows: int, max_line_bytes: int) -> Iterator[Batch]:
     rows = text_lines(path, batch_rows=batch_rows, max_line_bytes=max_line_bytes)
-    first = next(rows)
+    first = next(rows, None)
+    if first is None: return
     both = _again(first, rows)
     top = first.frame["text"][0] if first.frame.height else ""
     if "\t" in top or top.startswith("SessionId"):

@@ -125,6 +125,8 @@ def pieces(path: str | Path) -> Iterator[Piece]:
                 if start and data: data, start = data.removeprefix(b"\xef\xbb\xbf"), False
                 yield Piece(data, file.tell() / size if size else None)
         except (EOFError, zlib.error, OSError) as e: yield Piece(b"", None, str(e))
+        else:
+            if start: raise SourceError(f"{origin}: holds a gzip of nothing; nothing was ingested, check the export")
 
 
 def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:

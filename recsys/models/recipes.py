@@ -39,7 +39,7 @@ class Recipe:
         if wrong := sorted(set(self.options) - known):
             raise RecipeError(f"{self.model}: no option {wrong[0]!r}; it has {', '.join(sorted(known))}; correct the recipe")
 
-    def __str__(self) -> str: return self.model + (f"({', '.join(f'{k}={v}' for k, v in self.options.items())})" if self.options else "")
+    def __str__(self) -> str: return self.model + (f"({', '.join(f'{k}={v}' for k, v in sorted(self.options.items()))})" if self.options else "")
 
     @property
     def plain(self) -> dict[str, Any]: return {"model": self.model, "options": dict(self.options)}

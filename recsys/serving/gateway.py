@@ -200,7 +200,7 @@ def described(settings: Settings) -> tuple[tuple[Operation, Callable], ...]:
             Operation("GET", "/docs", "This description, for people", {200: "text/html"}))
     operations, max_k = [*(o for o, _ in OPERATIONS), *more], settings.gateway.max_k
     document = Answer(200, msgspec.json.encode(openapi.document(operations, max_k=max_k)))
-    page = Answer(200, openapi.page(operations, max_k=max_k).encode(), HTML, {"Content-Security-Policy": openapi.CONTENT_SECURITY})
+    page = Answer(200, openapi.page(operations, max_k=max_k, address=f"{settings.gateway.host}:{settings.gateway.port}").encode(), HTML, {"Content-Security-Policy": openapi.CONTENT_SECURITY})
 
     async def give_document(gate: Gateway, call: Call) -> Answer: return document
     async def give_page(gate: Gateway, call: Call) -> Answer: return page

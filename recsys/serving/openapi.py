@@ -90,12 +90,12 @@ td,th{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-bott
 CONTENT_SECURITY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
-def page(operations: Iterable[Operation], *, max_k: int) -> str:
+def page(operations: Iterable[Operation], *, max_k: int, address: str = "localhost:8000") -> str:
     "The API as an HTML page that needs nothing else."
     operations = list(operations)
     described = document(operations, max_k=max_k)
     schemas = described["components"]["schemas"]
-    parts = [_row_of_links(operations, schemas), *(_section(o) for o in operations), *(_struct(n, s) for n, s in schemas.items()), _problems()]
+    parts = [_row_of_links(operations, schemas), *(_section(o, address) for o in operations), *(_struct(n, s) for n, s in schemas.items()), _problems()]
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>recsys API</title>'
             f'<style>{_STYLE}</style></head><body><h1>recsys API <small>{html.escape(version("recsys"))}</small></h1>'
             f'<p>Send <code>Authorization: Bearer &lt;key&gt;</code>. The same as a document: <a href="/openapi.json">/openapi.json</a>.</p>{"".join(parts)}</body></html>')
@@ -109,11 +109,11 @@ def _row_of_links(operations: Sequence[Operation], schemas: Mapping[str, Any]) -
 def _anchor(o: Operation) -> str: return f"{o.method}{o.path}".replace("/", "-").lower()
 
 
-def _section(o: Operation) -> str:
+def _section(o: Operation, address: str) -> str:
     "One operation: what it takes, a line to try it, and what it answers."
     body = f'<p>Takes <a href="#{o.body.__name__}">{o.body.__name__}</a>.</p>' if o.body is not None else ""
     if o.example is not None:
-        call = f"curl -s localhost:8000{o.path} -H 'Authorization: Bearer KEY' -d '{json.dumps(o.example)}'"
+        call = f"curl -s {address}{o.path} -H 'Authorization: Bearer KEY' -d '{json.dumps(o.example)}'"
         body += f"<pre>{html.escape(call)}</pre>"
     rows = [(status, kind if isinstance(kind, str) else f'<a href="#{kind.__name__}">{kind.__name__}</a>') for status, kind in o.answers.items()]
     rows += [(PROBLEMS[n][0], f'<a href="#{n}">{PROBLEMS[n][1]}</a>') for n in o.all_problems]

@@ -38,17 +38,20 @@ def decide(
     seed: int,
     metric: str = "ndcg@10",
     least: int = 100,  # fewer cases decide nothing
+    renewal: bool = False,  # it is the champion's own recipe on newer data: there is no champion to compare with, and the baseline is still to be beaten
 ) -> Decision:
     "Compare on the same cases. Raises ValueError where the evaluations cannot be paired or lack the metric."
     rivals = {"baseline": baseline} if champion is None else {"champion": champion, "baseline": baseline}
     for role, rival in {"challenger": challenger, **rivals}.items(): _check(role, rival, challenger, metric)
     if challenger.n < least:
         return Decision(False, [f"refused: {challenger.n} cases, and fewer than {least} decide nothing; wait for more events or hold out more"], {})
+    if not any(e.per_case[metric].any() for e in (challenger, *rivals.values())):
+        return Decision(False, [f"refused: nobody answers any of the {challenger.n} cases, so they decide nothing; look at the split"], {})
     gains = {role: paired_bootstrap(challenger.per_case[metric], rival.per_case[metric], seed=seed, confidence=confidence, groups=challenger.groups)
              for role, rival in rivals.items()}
     same = {role: _same(challenger, rival) for role, rival in rivals.items()}
-    verdicts = [_baseline(gains["baseline"], same["baseline"])]
-    if champion is None: verdicts.append((True, "no champion yet"))
+    verdicts = [_baseline(gains["baseline"], same["baseline"] and challenger.name == baseline.name)]
+    if champion is None: verdicts.append((True, "the champion's own recipe, on newer data" if renewal else "no champion yet"))
     else: verdicts.append(_champion(gains["champion"], same["champion"], 0. if same["baseline"] else tolerance))
     passed = all(ok for ok, _ in verdicts)
     how = [f"{metric}: {challenger.name} {challenger.per_case[metric].mean():.4f}, {role} {rival.name} {rival.per_case[metric].mean():.4f}, "
@@ -70,7 +73,7 @@ def _same(a: Evaluation, b: Evaluation) -> bool:
 
 
 def _baseline(gain: Interval, same: bool) -> tuple[bool, str]:
-    if same: return True, "it does in every case what the baseline does, so it may only stand in for a missing or a worse champion"
+    if same: return True, "it is the baseline, so it may only stand in for a missing or a worse champion, or for itself"
     if gain.low > 0: return True, f"better than the baseline: gain of at least {gain.low:+.4f}"
     return False, f"not better than the baseline for sure: its gain may be as low as {gain.low:+.4f} and must be above 0"
 
