@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 
 import duckdb
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from recsys.prep.normalise import FAR, Normaliser, fit, fit_tallies, normalise, tally
-from recsys.schema import PRICE, TS, USER_ID
+from recsys.prep.target import Encoding, encode, encode_out_of_fold, fold_name, folded
+from recsys.prep.target import fit as fit_target
+from recsys.schema import ITEM_ID, PRICE, TS, USER_ID
 
-many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ORACLE = duckdb.connect(config={"threads": 1})
 
 
@@ -144,3 +147,85 @@ def test_whole_numbers_and_wrong_words():
     with pytest.raises(ValueError, match="must be one of standardise"): fit(pl.LazyFrame({"n": [1]}), {"n": "minmax"})  # type: ignore[dict-item]
     large = fit(pl.LazyFrame({"n": [2**63 - 1, 0]}), {"n": "standardise"})
     assert normalise(pl.LazyFrame({"n": [2**63 - 1, -(2**63)]}), by=large).collect()["n"].is_finite().all()
+
+
+visits = st.lists(st.fixed_dictionaries({
+    USER_ID: pick(None, "ann", "bob", "cat", "dan", "eve", "чашка", ""), ITEM_ID: pick(None, "mug", "pot", "☕", "", "'; --"), TS: st.integers(0, 9),
+    "y": pick(None, 0.0, 1.0, 0.25, -3.0, 1e5, -1e5, 1e-7, math.nan, math.inf)}), max_size=40).map(
+    lambda rows: pl.DataFrame(rows, schema={USER_ID: pl.String, ITEM_ID: pl.String, TS: pl.Int64, "y": pl.Float64}))
+TRAINING = "from t where y is not null and not isnan(y) and not isinf(y) and ts < {asof}"
+ENCODED = """
+with training as (select item_id, {fold} as fold, round(y * 1e6) as y {training}),
+asked as (select *, {fold} as fold, row_number() over () as n from a),
+others as (select asked.n, count(t.y) as rows, sum(t.y) / 1e6 as total, count(t.y) filter (t.item_id = asked.item_id) as own,
+                  sum(t.y) filter (t.item_id = asked.item_id) / 1e6 as own_total
+           from asked left join training t on {who} group by asked.n)
+select user_id, item_id, ts, y, (coalesce(own_total, 0) + {w} * coalesce(total / nullif(rows, 0), 0)) / (own + {w}) as item_id_y
+from asked join others using (n) order by n
+"""
+
+
+@many
+@given(visits, visits, pick(0.5, 20.0), pick(2, 5), st.integers(0, 10), st.booleans())
+def test_encodings_equal_sql(training: pl.DataFrame, asked: pl.DataFrame, weight: float, folds: int, asof: int, held_out: bool):
+    encoding = fit_target(training.lazy(), ITEM_ID, "y", weight=weight, folds=folds, asof=asof)
+    got = (encode_out_of_fold if held_out else encode)(asked.lazy(), by=encoding).collect()
+    t, a = (folded(f.lazy(), folds=folds).collect() for f in (training, asked))
+    want = sql(ENCODED.format(fold=fold_name(folds), training=TRAINING.format(asof=asof), w=weight, who="t.fold <> asked.fold" if held_out else "true"), t=t, a=a)
+    assert_frame_equal(got, want, rel_tol=1e-9, abs_tol=1e-9)
+
+
+@many
+@given(visits, pick(1, 2, 7), st.randoms())
+def test_encodings_do_not_depend_on_the_split_or_the_order(frame: pl.DataFrame, n: int, random):
+    part = frame[USER_ID].fill_null("").hash(seed=1) % n
+    parts = [frame.filter(part == p) for p in range(n)]
+    rows = list(range(frame.height))
+    random.shuffle(rows)
+    whole = fit_target(frame.lazy(), ITEM_ID, "y")
+    assert fit_target([p.lazy() for p in parts], ITEM_ID, "y") == fit_target(frame[rows].lazy(), ITEM_ID, "y") == whole
+    for unit in (encode, encode_out_of_fold):
+        split = pl.concat([unit(p.lazy(), by=whole).collect() for p in parts])
+        assert_frame_equal(split, unit(pl.concat(parts).lazy(), by=whole).collect(), check_exact=True)
+        assert_frame_equal(unit(frame.lazy(), by=whole).collect(engine="streaming"), unit(frame.lazy(), by=whole).collect(), check_exact=True)
+
+
+@many
+@given(visits, st.integers(0, 4))
+def test_no_answer_reaches_its_own_fold(frame: pl.DataFrame, fold: int):
+    def told(f: pl.DataFrame) -> pl.Series:
+        return encode_out_of_fold(f.lazy(), by=fit_target(f.lazy(), ITEM_ID, "y")).collect()["item_id_y"].filter(inside)
+    inside = folded(frame.lazy()).collect()["fold5"] == fold
+    other = frame.with_columns(pl.when(inside).then(7.0 - pl.col("y").fill_nan(3.0).abs()).otherwise("y").alias("y"))  # other answers of this fold's users
+    assert told(frame).equals(told(other))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_learnt_from_noise(seed: int):
+    rng = np.random.default_rng(seed)
+    who, coin, favourite = rng.integers(0, 4000, 20_000), rng.integers(0, 2, 4000), rng.integers(0, 500, 4000)
+    item = np.where(rng.random(20_000) < 0.8, favourite[who], rng.integers(0, 500, 20_000))
+    frame = pl.LazyFrame({USER_ID: [f"u{n}" for n in who], ITEM_ID: [f"i{n}" for n in item], "y": coin[who]})
+    encoding = fit_target(frame, ITEM_ID, "y", weight=1.0)
+    naive, held = (float(unit(frame, by=encoding).select(pl.corr("item_id_y", "y")).collect().item()) for unit in (encode, encode_out_of_fold))
+    assert naive > 0.25 and abs(held) < 4 / 4000**0.5  # 4 standard errors of as many independent users
+
+
+def test_what_is_known_is_kept(tmp_path):
+    frame = pl.LazyFrame({USER_ID: [f"u{n}" for n in range(4000)], ITEM_ID: ["good", "bad"] * 2000, "y": [True, False] * 2000})
+    encoding = fit_target(frame, ITEM_ID, "y")
+    held = encode_out_of_fold(frame, by=encoding).group_by(ITEM_ID).agg(pl.col("item_id_y").mean()).sort(ITEM_ID).collect()["item_id_y"].to_list()
+    assert held == pytest.approx([0.0062, 0.9938], abs=0.0005)  # (0 + 20 * 0.5) / (1600 + 20)
+    encoding.write(tmp_path / "e.parquet")
+    assert Encoding.read(tmp_path / "e.parquet") == encoding != fit_target(frame, ITEM_ID, "y", weight=3)
+    pl.DataFrame({"x": [1]}).write_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="not a target encoding"): Encoding.read(tmp_path / "x.parquet")
+
+
+def test_target_encoding_refuses_what_it_cannot_sum():
+    frame = pl.LazyFrame({USER_ID: ["ann", "bob"], ITEM_ID: ["mug", "pot"], "y": [1.0, -1e6]})
+    with pytest.raises(ValueError, match="y = 1e.06: a target must lie within 100000"): fit_target(frame, ITEM_ID, "y")
+    for wrong in ({"weight": 0}, {"weight": math.nan}, {"folds": 1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))): fit_target(frame, ITEM_ID, "y", **wrong)
+    empty = fit_target(frame.clear(), ITEM_ID, "y")
+    assert encode(frame, by=empty).collect()["item_id_y"].to_list() == encode_out_of_fold(frame, by=empty).collect()["item_id_y"].to_list() == [0.0, 0.0]
