@@ -63,7 +63,8 @@ def flagged(
     rows = _repeats(events, repeat_ms).sort(USER_ID, TS, EVENT_ID)
     rate = rows.rolling(TS, group_by=USER_ID, period=f"{rate_ms}i").agg((pl.len().cast(pl.Int64) > most).cast(pl.Int64).alias(BOT))
     return pl.concat([rows, rate.sort(USER_ID, TS).select(BOT)], how="horizontal").with_columns(
-        pl.col(BOT).cum_sum().over(USER_ID) > 0, (pl.col(KNOWN_TS) - pl.col(TS) > late_ms).alias(LATE))
+        pl.col(BOT).cum_sum().over(USER_ID) > 0, (pl.col(KNOWN_TS) - pl.col(TS) > late_ms).alias(LATE)).select(
+        *events.collect_schema().names(), BOT, REPEAT, LATE)
 
 # %% ../../nbs/20_prep/21_clean.ipynb #a6f14e5e
 @partitioned(by=USER_ID)
