@@ -277,6 +277,7 @@ def bench_prep(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     steps: Annotated[str, typer.Option(help="Count these alone: clean,sessions,items,windows,pairs,sequences")] = "",
     scaling: Annotated[bool, typer.Option("--scaling", help="Also ours at --sizes: how it grows.")] = False,
+    dask: Annotated[bool, typer.Option("--dask", help="Also ours on Dask, with a worker a thread: the peak memory of a worker.")] = False,
     sizes: Annotated[str, typer.Option(help="Events, comma separated.")] = "1000000,3000000,10000000,30000000",
     results: Annotated[Path | None, typer.Option(help="Where the figures and the plot go (default: benchmarks/results).", show_default=False)] = None,
     home: HomeOption = None,
@@ -287,11 +288,12 @@ def bench_prep(
         from recsys.ops import bench
         place, root = opened(home)[0], settings_module.root()
         with bar(json) as step:
-            report = bench.prep(root, place.work / "bench", events=events, repeats=repeats, threads=threads, progress=step,
+            report = bench.prep(root, place.work / "bench", events=events, repeats=repeats, threads=threads, dask=dask, progress=step,
                                 steps=[s.strip() for s in steps.split(",") if s.strip()])
             if scaling: report["scaling"] = bench.scaling(root, place.work / "bench", sizes=[int(n) for n in sizes.split(",")], threads=threads, progress=step)
         kept = bench.keep(report, results or root / "benchmarks" / "results")
     text = f"{table(bench.lines(report), none='')}\n{report['rows']:,} clean rows, all outputs equal; figures and plot: {', '.join(kept['files'])}"
+    if dask: text += f"\nDask: at most {report['worker_peak_rss_gb']:.2f} GB a worker"
     if scaling: text += f"\n{table(report['scaling']['sizes'], none='')}\ngrows with exponent {report['scaling']['exponent']:.3f}"
     tell(kept, json=json, text=text)
 
