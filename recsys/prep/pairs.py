@@ -11,7 +11,7 @@ import math
 import polars as pl
 
 from .backend import partitioned
-from .sessions import SESSION, sessions
+from .sessions import SESSION
 from ..schema import EVENT_ID, ITEM_ID, TS, USER_ID
 
 # %% ../../nbs/20_prep/26_pairs.ipynb #4cd34a9c
@@ -69,7 +69,10 @@ def strongest(
 ) -> pl.LazyFrame:
     "At most `top` rows an item, by item, the strongest first. Raises ValueError."
     if top < 1: raise ValueError(f"top = {top}: must be 1 or more")
-    rows = counted.sort(ITEM_ID, WEIGHT, COUNT, OTHER, descending=[False, True, True, False])
+    heavy = pl.col(WEIGHT) > 1.0
+    full = counted.filter(heavy).group_by(ITEM_ID).agg(pl.len().alias("partners")).filter(pl.col("partners") >= top)
+    rows = pl.concat([counted.filter(heavy), counted.filter(~heavy).join(full, on=ITEM_ID, how="anti")])
+    rows = rows.sort(ITEM_ID, WEIGHT, COUNT, OTHER, descending=[False, True, True, False])
     return rows.filter((pl.col(ITEM_ID) != pl.col(ITEM_ID).shift(top)).fill_null(True))
 
 
