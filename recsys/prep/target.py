@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 import polars as pl
 
-from .backend import partitioned
+from .backend import partition, partitioned
 from ..schema import TS, USER_ID
 
 # %% ../../nbs/20_prep/28_target.ipynb #66d461c6
@@ -25,13 +25,12 @@ def fold_name(folds: int) -> str:
     return f"fold{folds}"
 
 
-@partitioned(by=USER_ID)
 def folded(rows: pl.LazyFrame, *, folds: int = 5) -> pl.LazyFrame:
     "The rows with their user's fold, 0 to `folds` - 1 (Int64), in a column `fold_name(folds)`; unchanged where it is there already."
     if not 2 <= folds <= 100: raise ValueError(f"folds = {folds}: must be from 2 to 100, such as 5")
     name = fold_name(folds)
     if name in rows.collect_schema().names(): return rows
-    return rows.with_columns((pl.col(USER_ID).fill_null("").hash(seed=20_280) % folds).cast(pl.Int64).alias(name))
+    return rows.with_columns(partition(USER_ID, folds).cast(pl.Int64).alias(name))
 
 # %% ../../nbs/20_prep/28_target.ipynb #be4afbce
 MILLIONTHS, LARGEST = 1_000_000, 1e5  # of the target; up to 90 million rows of the largest fit in 64 bits
@@ -130,7 +129,7 @@ def encode_out_of_fold(rows: pl.LazyFrame, *, by: Encoding) -> pl.LazyFrame:
     unseen = pl.lit(float(prior[0]))
     for k, p in enumerate(prior.tolist()): unseen = pl.when(pl.col(fold) == k).then(p).otherwise(unseen)
     joined = folded(rows, folds=by.folds).join(table, on=[by.column, fold], how="left", maintain_order="left")
-    return joined.with_columns(pl.coalesce(by.name, unseen).alias(by.name)).select(*kept, by.name)
+    return joined.with_columns(pl.when(pl.col(by.name).is_null()).then(unseen).otherwise(pl.col(by.name)).alias(by.name)).select(*kept, by.name)
 
 # %% ../../nbs/20_prep/28_target.ipynb #9312d8db
 def fit(
