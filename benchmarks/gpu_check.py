@@ -104,7 +104,7 @@ def examples(events: pl.DataFrame, items: pl.DataFrame) -> dict[str, list[tuple[
         "clean.latest_items": [({}, lambda: items), ({"asof": asof}, lambda: items)], "sessions.sessions": [({}, tidy)], "vocab.counts": [({}, seen)],
         "sequences.ordered": [(vocabulary, seen)], "windows.user_windows": [({}, tidy)], "windows.item_windows": [({}, tidy)], "windows.category_windows": [({}, placed)],
         "pairs.links": [({}, visits)], "pairs.counted": [({}, links), ({"half_life_ms": 7 * DAY, "asof": asof}, links)], "pairs.strongest": [({}, counted)],
-        "normalise.tally": [({"columns": [PRICE, QUANTITY]}, tidy)], "normalise.normalise": [(scales, tidy)], "target.folded": [({}, bought)],
+        "normalise.tally": [({"columns": [PRICE, QUANTITY]}, tidy)], "normalise.normalise": [(scales, tidy)],
         "target.tally": [({"column": CATEGORY, "target": "bought"}, fold)], "target.encode": [(encoding, bought)], "target.encode_out_of_fold": [(encoding, fold)]}
 
 

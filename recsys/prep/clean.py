@@ -25,7 +25,7 @@ def clean(
     "One row an `event_id`, the first known, in no promised order. `known_ts` is `ts` where missing. Rows that are no events are left out."
     there = events.collect_schema().names()
     named = pl.col(ITEM_ID).is_not_null() | (pl.col(TYPE) == SEARCH)
-    known = pl.coalesce(KNOWN_TS, TS) if KNOWN_TS in there else pl.col(TS)
+    known = pl.col(KNOWN_TS).fill_null(pl.col(TS)) if KNOWN_TS in there else pl.col(TS)
     rows = events.filter(pl.col(EVENT_ID).is_not_null(), pl.col(USER_ID).is_not_null(), pl.col(TS).is_not_null(),
                          pl.col(TYPE).is_in(list(EVENT_TYPES)), named).with_columns(known.alias(KNOWN_TS))
     if PRICE in there: rows = rows.filter(pl.col(PRICE).is_null() | pl.col(PRICE).is_between(0.0, 1e9))

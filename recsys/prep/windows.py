@@ -22,8 +22,9 @@ def _is(kind: str) -> pl.Expr: return (pl.col(TYPE) == kind).cast(pl.Int64)
 
 def _cents() -> pl.Expr:
     "quantity (1 where missing) times price of a purchase in hundredths, half up; 0 without a price; at most 1e13 an event, so that no sum wraps."
-    paid = (pl.col(QUANTITY).fill_null(1) * pl.col(PRICE)).fill_null(0.0).clip(0.0, 1e13)
-    return _is(PURCHASE) * (paid * 100 + 0.5).floor().cast(pl.Int64)
+    paid = (pl.col(QUANTITY).fill_null(1) * pl.col(PRICE)).fill_null(0.0)
+    within = pl.when(paid < 0.0).then(0.0).when(paid > 1e13).then(1e13).otherwise(paid)  # a GPU plan has no clip
+    return _is(PURCHASE) * (within * 100 + 0.5).floor().cast(pl.Int64)
 
 
 MEASURES = ("events", "views", "carts", "purchases", "spent_cents")
