@@ -29,7 +29,7 @@ def run(events: str, out: Path) -> dict:
     import polars as pl
 
     from recsys.prep.clean import clean
-    from recsys.prep.pairs import pairs
+    from recsys.prep.pairs import counted, links, strongest
     from recsys.prep.sequences import Sequences, ends
     from recsys.prep.sessions import SESSION, sessions
     from recsys.prep.vocab import EVENTS_COUNT, ITEM, counts
@@ -45,22 +45,27 @@ def run(events: str, out: Path) -> dict:
         frame.write_parquet(out / f"{name}.parquet", compression="snappy")
         after = usage()
         steps[name] = {"cpu_s": round(after[0] - mark[0], 2), "wall_s": round(after[1] - mark[1], 2)}
-        print(f"{name:10s} {steps[name]}", flush=True)
+        print(f"{name:10s} {steps[name]} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}", flush=True)
         mark = after
 
     ids = [USER_ID, ITEM_ID]
     raw = pl.scan_parquet(events).filter(
         pl.col(ITEM_ID).is_not_null(), pl.col(TYPE).is_in(["view", "cart", "purchase"]), pl.col(PRICE) >= 0, pl.col(TS).is_between(START, END, closed="left"))
-    raw = raw.with_columns(pl.col(*ids, TYPE).cast(pl.Categorical)).collect().lazy()  # in one plan with `clean` it would be read three times
+    raw = raw.with_columns(pl.col(*ids, TYPE).cast(pl.Categorical)).collect(engine="streaming")  # in one plan with `clean` it would be read three times
     columns = [EVENT_ID, *ids, TYPE, TS, PRICE]
-    cleaned = clean(raw).select(columns).collect()
+    cleaned = clean(raw.lazy()).select(columns).collect(engine="streaming")
+    del raw  # every large frame goes as soon as it is not needed any more: peak memory is part of the score
     done("clean", cleaned)
 
+    items = counts(cleaned.lazy()).collect().with_columns(pl.col(ITEM_ID).cast(pl.String).alias("name")).sort(EVENTS_COUNT, "name", descending=[True, False])
+    named = cleaned.lazy().select(pl.col(USER_ID).to_physical().alias("code"), USER_ID).unique("code").collect(engine="streaming")
     coded = cleaned.lazy().select(EVENT_ID, pl.col(ids).to_physical(), TYPE, TS)
+    rows_kept = cleaned.height
+    del cleaned
     visits = sessions(coded).collect()
+    del coded
     done("sessions", visits.select(EVENT_ID, SESSION))
 
-    items = counts(cleaned.lazy()).collect().with_columns(pl.col(ITEM_ID).cast(pl.String).alias("name")).sort(EVENTS_COUNT, "name", descending=[True, False])
     done("items", items.select(pl.col("name").alias(ITEM_ID), pl.int_range(1, pl.len() + 1, dtype=pl.Int32).alias(ITEM), EVENTS_COUNT))
     code = items[ITEM_ID].to_physical().to_numpy()
     number = np.zeros(code.max(initial=0) + 1, np.int32)
@@ -72,17 +77,18 @@ def run(events: str, out: Path) -> dict:
         rows = windows(rows, key=key, spans=WEEK, closed="left", measures=["events", "purchases"], ratios=())
     done("windows", rows.select(EVENT_ID, pl.col("^.*_7d$").name.map(lambda name: name.removesuffix("_7d"))).collect())
 
-    near = pairs(visits.lazy(), window=2, top=20).select(pl.col(ITEM_ID).alias(ITEM), "other", "count")
-    done("pairs", near.collect())
+    near = counted(links(visits.lazy().select(EVENT_ID, USER_ID, ITEM_ID, TS, SESSION), steps=2)).collect()
+    near = strongest(near.lazy(), top=20).select(pl.col(ITEM_ID).alias(ITEM), "other", "count").collect()
+    done("pairs", near)
+    del near
 
     users = visits[USER_ID].rle().struct.unnest()
     histories = Sequences(visits[ITEM_ID].to_numpy(), ends(users["len"].to_numpy())).last(50)
     of, at = histories.rows(), np.arange(len(histories.values))
     position = (histories.offsets[1:][of] - 1 - at).astype(np.int32)
-    named = cleaned.select(pl.col(USER_ID).to_physical().alias("code"), USER_ID).unique("code")
     name = users.join(named, left_on="value", right_on="code", how="left", maintain_order="left")[USER_ID].gather(of)
     done("sequences", pl.DataFrame({USER_ID: name, "position": position, ITEM: histories.values}))
-    return {"rows": cleaned.height, "steps": steps}
+    return {"rows": rows_kept, "steps": steps}
 
 
 def main() -> None:

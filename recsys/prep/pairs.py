@@ -70,8 +70,7 @@ def strongest(
     "At most `top` rows an item, by item, the strongest first. Raises ValueError."
     if top < 1: raise ValueError(f"top = {top}: must be 1 or more")
     heavy = pl.col(WEIGHT) > 1.0
-    full = counted.filter(heavy).group_by(ITEM_ID).agg(pl.len().alias("partners")).filter(pl.col("partners") >= top)
-    rows = pl.concat([counted.filter(heavy), counted.filter(~heavy).join(full, on=ITEM_ID, how="anti")])
+    rows = counted.filter(heavy | (heavy.cast(pl.Int64).sum().over(ITEM_ID) < top))
     rows = rows.sort(ITEM_ID, WEIGHT, COUNT, OTHER, descending=[False, True, True, False])
     return rows.filter((pl.col(ITEM_ID) != pl.col(ITEM_ID).shift(top)).fill_null(True))
 
