@@ -237,3 +237,21 @@ def test_none_needs_no_client():
     with workers("none") as nobody: assert run(counts, SEEN, cluster=nobody).equals(run(counts, SEEN))
     assert np.array_equal(run(counts, SEEN)[ITEM_ID].to_numpy(), np.sort(SEEN[ITEM_ID].unique().to_numpy()))
     assert CLEAN[EVENT_ID].is_unique().all() and TYPE in CLEAN.columns
+
+# --- the pipeline
+
+
+@pytest.mark.long
+def test_prepare_gives_the_same_files_on_workers(tmp_path):
+    from recsys.lake.tables import Lake
+    from recsys.notebooks import execute
+    from recsys.settings import Home, root
+    home = Home.open(tmp_path / "home")
+    Lake(home.lake).append("events", ARRIVED)
+    Lake(home.lake).append("items", WORLD.items.select(list(ITEMS)))
+    for cluster in ("none", "local"):
+        (home.path / "settings.ini").write_text(f"[prep]\nengine = cpu\ncluster = {cluster}\n")
+        execute(root() / "nbs" / "pipelines" / "prepare.ipynb", tmp_path / f"{cluster}.ipynb", {"home": str(home.path), "run_id": cluster}, minutes=3)
+        assert f"cluster {cluster}" in (tmp_path / f"{cluster}.ipynb").read_text()
+    for name in ("interactions", "items", "vocab"):
+        assert pl.read_parquet(home.work / "local" / f"{name}.parquet").equals(pl.read_parquet(home.work / "none" / f"{name}.parquet")), name

@@ -236,6 +236,9 @@ def _parts(unit: Unit, data: Data, *, cluster: "Client | str | None", partitions
     if partitions is not None and partitions < 1: raise ValueError(f"partitions = {partitions}: must be 1 or more")
     with TemporaryDirectory(prefix="recsys-prep-") as folder, _client(cluster) as client:
         if isinstance(data, pl.DataFrame | pl.LazyFrame):
+            if client is None and partitions is None and into is None:  # in memory already: nothing to split for
+                yield collect(unit(data.lazy() if per_file is None else per_file(data.lazy())), engine=engine)
+                return
             if client and client.scheduler and urlsplit(client.scheduler.address).hostname != "127.0.0.1":
                 raise ClusterError("a frame of this process is out of the workers' reach: write it to files that all of them read, and give those")
             data.lazy().collect().write_parquet(Path(folder) / "frame.parquet", row_group_size=min(rows, 1 << 18))
@@ -279,7 +282,7 @@ def run(
     data: Data,  # a frame, a Parquet file, or several
     *,
     cluster: "Client | str | None" = "none",  # none, local, an address, or a client from `workers`
-    partitions: int | None = None,  # default: enough that each is about a run of rows
+    partitions: int | None = None,  # default: enough that each is about a run of rows; a frame here is not split
     engine: Engine | str = "auto",
     per_file: Unit | None = None,  # applied to each run of rows of a file first: choose columns, drop rows
     rows: int = 1_000_000,  # of a file, held at once
