@@ -223,6 +223,12 @@ def test_a_scheduler_that_runs_already_is_used_by_its_address():
         assert run(sessions, CLEAN, cluster=running.scheduler_address, partitions=2).equals(run(sessions, CLEAN))
 
 
+def test_a_frame_stays_away_from_workers_elsewhere():
+    class Far:
+        def scheduler_info(self): return {"address": "tls://10.0.0.5:8786", "workers": {}}
+    with pytest.raises(ClusterError, match="files that all of them read"): run(sessions, CLEAN, cluster=Far())  # type: ignore[arg-type]
+
+
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with workers("local", count=1, memory="1GB") as client:

@@ -173,6 +173,12 @@ class ClusterError(RuntimeError):
     "A cluster that must not or cannot be used; the message says what to do."
 
 
+def _near(host: str | None) -> bool:
+    "Is a host this machine, whatever the network?"
+    try: return host == "localhost" or ip_address(host or "").is_loopback
+    except ValueError: return False
+
+
 def checked(
     cluster: str,  # the setting `[prep] cluster`
 ) -> str:
@@ -181,9 +187,7 @@ def checked(
     address = urlsplit(cluster)
     if address.scheme not in ("tcp", "tls") or not address.hostname or not address.port:
         raise ClusterError(f"[prep] cluster = {cluster}: allowed are none, local, or a Dask scheduler such as tls://scheduler.example:8786")
-    try: near = address.hostname == "localhost" or ip_address(address.hostname).is_loopback
-    except ValueError: near = False
-    if near: return cluster
+    if _near(address.hostname): return cluster
     import dask.config
     import distributed  # noqa: F401  brings the keys below
     missing = [k for k in ("ca-file", "client.cert", "client.key") if not dask.config.get(f"distributed.comm.tls.{k}", None)]
@@ -239,7 +243,7 @@ def _parts(unit: Unit, data: Data, *, cluster: "Client | str | None", partitions
             if client is None and partitions is None and into is None:  # in memory already: nothing to split for
                 yield collect(unit(data.lazy() if per_file is None else per_file(data.lazy())), engine=engine)
                 return
-            if client and client.scheduler and urlsplit(client.scheduler.address).hostname != "127.0.0.1":
+            if client and not _near(urlsplit(client.scheduler_info()["address"]).hostname):
                 raise ClusterError("a frame of this process is out of the workers' reach: write it to files that all of them read, and give those")
             data.lazy().collect().write_parquet(Path(folder) / "frame.parquet", row_group_size=min(rows, 1 << 18))
             data = Path(folder) / "frame.parquet"
