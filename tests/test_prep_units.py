@@ -18,7 +18,7 @@ from recsys.synth import DAY, HOUR, T0
 
 SECOND = 1000
 JUMPS = [0, 0, 1, SECOND - 1, SECOND, SECOND + 1, HOUR // 2, HOUR // 2 + 1, HOUR - 1, HOUR, HOUR + 1, DAY, 7 * DAY, 30 * DAY, 50 * 365 * DAY]
-many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def pick(*values): return st.sampled_from(values)
