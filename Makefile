@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export RECSYS_DATA ?= ../shared/data
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev system run lab test test-all lint readme export clean
+.PHONY: help setup setup-dev system run lab test test-all lint gpu-plan gpu-check readme export clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,8 +44,22 @@ lint: setup-dev ## ruff and mypy
 test: setup-dev system lint ## what CI checks, the same way
 	@$(BIN)/python -m pytest -m 'not long' -n 2 --dist loadfile --cov=recsys --cov-report=term:skip-covered --durations=15
 
-test-all: setup-dev system lint ## the long counts too
+test-all: setup-dev system lint gpu-plan ## the long counts too, and the plans for a GPU
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --cov=recsys --cov-report=term:skip-covered --durations=30
+
+.venv-gpu/.ready: constraints-gpu.txt
+	@free=$$(df -Pk . | awk 'NR==2 {print int($$4/1024)}'); [ "$$free" -ge 2500 ] || { echo "about 2.5 GB of disk are needed for .venv-gpu, and $$free MB are free here"; exit 1; }
+	@[ -x .venv-gpu/bin/python ] || $(PYTHON) -m venv .venv-gpu
+	@echo "installing cudf-polars for planning (about 420 MB, once) ..."
+	@.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-gpu.txt || { \
+	  echo "gpu-plan: not run. The wheels of constraints-gpu.txt are not to be had from this package index (they exist for Linux only)"; exit 1; }
+	@touch $@
+
+gpu-plan: .venv-gpu/.ready ## would a GPU run every transformation whole? Needs no GPU
+	@.venv-gpu/bin/python tests/gpu_plan.py
+
+gpu-check: ## on a machine with a GPU: equality, seconds and GB/s of every transformation
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
 export: setup-dev ## notebooks -> package, cleaned; and the README
 	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(MAKE) --no-print-directory readme
@@ -54,4 +68,4 @@ readme: setup-dev
 	@$(BIN)/python tests/readme.py
 
 clean: ## everything that can be made again; the state in .recsys stays
-	@rm -rf $(VENV) dist .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis reports/runs reports/screenshots
+	@rm -rf $(VENV) .venv-gpu dist .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis reports/runs reports/screenshots

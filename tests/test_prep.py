@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from recsys.prep.clean import NoTimes, clean, interactions, latest_items, partition_key, require_times
+from recsys.prep.backend import partition_key
+from recsys.prep.clean import NoTimes, clean, interactions, latest_items, require_times
 from recsys.prep.sequences import Sequences, from_frame, ordered
 from recsys.prep.sessions import SESSION, sessions
 from recsys.prep.vocab import ITEM, Vocab, counts

@@ -14,7 +14,7 @@ from typing import Self, overload
 import numpy as np
 import polars as pl
 
-from .clean import partitioned
+from .backend import partitioned
 from .vocab import ITEM, Vocab
 from ..schema import ITEM_ID, TS, USER_ID
 

@@ -8,7 +8,7 @@ __all__ = ['SESSION', 'sessions']
 # %% ../../nbs/20_prep/22_sessions.ipynb #6d100c53
 import polars as pl
 
-from .clean import partitioned
+from .backend import partitioned
 from ..schema import EVENT_ID, TS, USER_ID
 
 # %% ../../nbs/20_prep/22_sessions.ipynb #3ade2774

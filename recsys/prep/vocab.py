@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 import polars as pl
 
-from .clean import partitioned
+from .backend import partitioned
 from ..schema import ITEM_ID
 
 # %% ../../nbs/20_prep/23_vocab.ipynb #6cddf8e3
