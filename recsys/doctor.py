@@ -82,9 +82,10 @@ def champion(home: Home) -> Check:
     return Check("champion", "ok", f"{path.name}, every file as its manifest says")
 
 
-def gateway(settings: Settings) -> Check:
-    "Does a gateway answer at the configured address?"
-    url = f"http://{settings.gateway.host}:{settings.gateway.port}"
+def gateway(home: Home, settings: Settings) -> Check:
+    "Does a gateway answer, where `recsys up` said that it listens, or else at the configured address?"
+    said = home.run / "address"
+    url = said.read_text() if said.exists() else f"http://{settings.gateway.host}:{settings.gateway.port}"
     try: answer = httpx.get(f"{url}/readyz", timeout=2)
     except httpx.HTTPError: return Check("gateway", "note", f"nobody answers at {url}: recsys up")
     return Check("gateway", "ok" if answer.status_code == 200 else "bad", f"{url}/readyz answers {answer.status_code}")
@@ -92,4 +93,4 @@ def gateway(settings: Settings) -> Check:
 
 def examine(home: Home, settings: Settings) -> list[Check]:
     "All checks."
-    return [*installed(), engine(settings), *at_home(home), champion(home), gateway(settings)]
+    return [*installed(), engine(settings), *at_home(home), champion(home), gateway(home, settings)]

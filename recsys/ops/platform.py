@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_FREE_MB', 'Progress', 'PROGRAM', 'PlatformError', 'preflight', 'only_one', 'told', 'fill', 'fill_demo',
-           'is_demo', 'demo_world', 'retrain', 'prepare', 'overridden', 'processes', 'work', 'address', 'operator_key',
-           'wait_until_ready', 'ask', 'greeting', 'run']
+           'is_demo', 'demo_world', 'choose_home', 'retrain', 'prepare', 'overridden', 'processes', 'work', 'address',
+           'operator_key', 'wait_until_ready', 'ask', 'greeting', 'run']
 
 # %% ../../nbs/70_ops/78_platform.ipynb #94e80012
 import fcntl
@@ -120,6 +120,17 @@ def demo_world(home: Home, size: Size | None = None, *, now: int | None = None) 
         note.write_text(json.dumps({"size": asdict(size), "start_ms": now - size.days * DAY}))
     kept = json.loads(note.read_text())
     return World(Size(**kept["size"]), start_ms=kept["start_ms"])
+
+# %% ../../nbs/70_ops/78_platform.ipynb #7b94ff51
+def choose_home(home: Path | None, *, demo: bool, own: bool) -> tuple[Home, Settings]:
+    "The home for a start with the simulated shop or with one's own events, and its settings; another folder where the usual one holds the other."
+    loaded = load(home=home)
+    place = Home.open(loaded.platform.home)
+    named = home is not None or {"RECSYS_HOME", "RECSYS_PLATFORM_HOME"} & os.environ.keys()
+    other = "own" if own and is_demo(place) else "demo" if demo and not is_demo(place) and Lake(place.lake).rows("events") else None
+    if named or other is None: return place, loaded
+    loaded = load(home=f"{place.path}-{other}")
+    return Home.open(loaded.platform.home), loaded
 
 # %% ../../nbs/70_ops/78_platform.ipynb #5f124f57
 def retrain(home: Home, settings: Settings, *, progress: Progress | None = None) -> Path:
@@ -236,6 +247,7 @@ def greeting(home: Home, settings: Settings, *, user: str | None) -> str:
   gateway    {url}   (documentation: {url}/docs)
   dashboard  {pages.url(home, settings)}
   key        {key}
+  home       {home.path}   (other commands take it by --home or RECSYS_HOME)
 
 {shown}
 
