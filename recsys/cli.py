@@ -9,7 +9,6 @@ __all__ = ['app', 'flow_app', 'models_app', 'lake_app', 'keys_app', 'bench_app',
            'doctor', 'main']
 
 # %% ../nbs/80_cli/82_cli.ipynb #c8612abc
-import json as jsonlib
 import os
 import sys
 import time
@@ -117,7 +116,7 @@ def receipt(recommendation_id: str, home: HomeOption = None, json: JsonOption = 
         from recsys.ops import receipts
         place, _ = opened(home)
         found = receipts.receipt(recommendation_id, home=place)
-    tell(found, json=json, text=jsonlib.dumps(found, indent=1, default=str))
+    tell(found, json=json, text=receipts.told(found))
 
 # %% ../nbs/80_cli/82_cli.ipynb #796eb960
 @lake_app.command("list", epilog="Example: recsys lake list")
