@@ -70,7 +70,7 @@ def up(
                                  now=int(time.time() * 1000), say=print, progress=step)
             platform.run(place, loaded, say=lambda text: print(text, flush=True))
 
-
+# %% ../nbs/80_cli/82_cli.ipynb #62aeb316
 @app.command(epilog="Example: recsys serve --port 8000")
 def serve(home: HomeOption = None, port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: [gateway] port.")] = None) -> None:
     "One gateway process in the foreground, without the rest."

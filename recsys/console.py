@@ -58,7 +58,7 @@ def table(rows: list[dict], *, none: str) -> str:
     with console.capture() as text: console.print(out)
     return text.get().rstrip()
 
-
+# %% ../nbs/80_cli/81_console.ipynb #48e33696
 @contextmanager
 def bar(quiet: bool) -> Iterator[Any]:
     "A progress bar on stderr, or a line for each thing begun where stderr is no terminal: a function of what is being done and the share that is done."

@@ -163,7 +163,7 @@ def execute(
         raise NotebookError(f"cut off: {cut or f'it took longer than {minutes:g} minutes'}") from error
     if error is not None: raise NotebookError(_told(error)) from error
 
-
+# %% ../nbs/00_core/09_notebooks.ipynb #cbf2d7f6
 def _watched(task: Future, started: list[AsyncKernelManager], late: float, stop: Event | None) -> str | KeyboardInterrupt | None:
     "Wait for a step; why it was cut off, or None. An empty text: its time was spent."
     cut: str | KeyboardInterrupt | None = None

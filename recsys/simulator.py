@@ -110,7 +110,7 @@ def _rows(type: str, session: Ints, shopper: Ints, item: Ints, ts: Ints, *, quan
 def _joined(parts: Sequence[Columns]) -> Columns: return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 def _taken(events: Columns, which: NDArray) -> Columns: return {name: values[which] for name, values in events.items()}
 
-
+# %% ../nbs/00_core/06_simulator.ipynb #f5710fc6
 def happened(world: Truth, day: int, rng: np.random.Generator) -> Columns:
     "All events of the sessions that start on a day, in no order; some happen later."
     shopper, start = sessions(world, day, rng)
@@ -204,7 +204,7 @@ def stock_changes(world: Truth) -> pl.DataFrame:
 _LEAVE = 6.0  # utility of opening nothing of a slate
 _OPENED = 3  # most items opened from one slate
 
-
+# %% ../nbs/00_core/06_simulator.ipynb #bb36a5f5
 class World(Truth):
     "A simulated shop. Its history runs for `size.days` days from `start_ms`; its shoppers live on afterwards."
 

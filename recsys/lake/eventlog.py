@@ -145,7 +145,7 @@ ADD_EVENT = """INSERT INTO events(event_id, user_id, item_id, type, ts, known_ts
                ON CONFLICT(event_id) DO NOTHING"""
 ADD_IMPRESSION = "INSERT INTO impressions(recommendation_id, ts, body) VALUES (?, ?, ?) ON CONFLICT(recommendation_id) DO NOTHING"
 
-
+# %% ../../nbs/10_lake/13_eventlog.ipynb #76dd8a33
 class _Intake:
     "What goes into a log of two databases."
 
@@ -221,7 +221,7 @@ class _Questions(_Intake):
 USERS, ROWS, SPAN = 200, 500, 50_000  # users packed, and rows deleted, in one transaction; rows looked at together
 FEW = 32  # so many live events of a user are read as quickly as packed ones, about
 
-
+# %% ../../nbs/10_lake/13_eventlog.ipynb #93d55cdd
 class SQLiteEventLog(_Questions):
     "An event log in a folder; any number of processes and threads may use it at once. `history`: how many events of a user are kept at hand."
 

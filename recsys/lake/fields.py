@@ -76,7 +76,7 @@ def check_columns(where: str, names: Sequence[str], *, needs: Sequence[str]) -> 
         lacking, found = ", ".join(map(repr, missing)), ", ".join(map(repr, names))
         raise SourceError(f"{where}: no column {lacking}; found {found}; rename the columns, or choose another format")
 
-
+# %% ../../nbs/10_lake/15_fields.ipynb #80cce71d
 def with_header(
     batches: Iterable[Batch],
     separator: str,

@@ -167,7 +167,7 @@ class _Lane:
             self._ready.notify()
         self._thread.join()
 
-
+# %% ../../nbs/10_lake/10_records.ipynb #9309ed63
 def _settle(waiters: list[tuple[asyncio.Future, Any]], error: Exception | None) -> None:
     "In the loop of the waiters: hand out results, or the error."
     for future, result in waiters:

@@ -33,7 +33,7 @@ class Reject:
     rule: str
     remedy: str
 
-
+# %% ../../nbs/10_lake/14_sources.ipynb #9ff21943
 @dataclass(frozen=True)
 class Batch:
     "Rows of one file. `frame`, `lines` and `source` have the same height."
@@ -106,7 +106,7 @@ class Piece:
     done: float | None
     ended_early: str | None = None
 
-
+# %% ../../nbs/10_lake/14_sources.ipynb #24fb911f
 def pieces(path: str | Path) -> Iterator[Piece]:
     "The bytes of a text file, without gzip and byte order mark. An early end is the last piece's `ended_early`. Raises SourceError."
     origin = origin_of(path)

@@ -195,7 +195,7 @@ def equals(column: str, values: Sequence[str]) -> str:
     "A predicate for `Lake.delete`: the column is one of these texts, quoted so that a text can never become SQL."
     return f"{column} IN ({', '.join(chr(39) + v.replace(chr(39), chr(39) * 2) + chr(39) for v in values)})"
 
-
+# %% ../../nbs/10_lake/12_tables.ipynb #6c3ef1a7
 class Lake(_Reading):
     "Delta tables below `root`, a folder or a URL such as s3://bucket/lake (with `storage_options`). Any number of processes may use it."
 

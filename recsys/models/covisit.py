@@ -205,7 +205,7 @@ def fit(
     table = nearest(after, counts, backward=backward, source_debias=source_debias, target_debias=target_debias, neighbours=neighbours)
     return Covisit(vocab, Neighbours(table, last, fade), counts)
 
-
+# %% ../../nbs/50_models/53_covisit.ipynb #e78f07d1
 def load(folder: str | Path, vocab: Vocab) -> Covisit:
     "What `save` wrote. Raises ValueError when it is of another vocabulary."
     settings = json.loads((Path(folder) / "model.json").read_text())

@@ -65,7 +65,7 @@ def _timing(recipe: Recipe) -> dict[str, Any]:
     "A model of data without times is filled up from a popularity without times."
     return {"half_life_days": None} if recipe.options.get("half_life_days", 0) is None else {}
 
-
+# %% ../../nbs/50_models/54_recipes.ipynb #42b6e599
 def passes(model: str) -> bool:
     "Does this kind read the log more than once? One that counts has learned all there is in a single pass."
     return "epochs" in inspect.signature(KINDS[model].fit).parameters

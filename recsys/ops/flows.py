@@ -159,7 +159,7 @@ def run(
         try: return _steps(first, home, notebooks, settings, progress, stop)
         finally: prune(home, keep=settings.flow.keep_runs, runs=runs)
 
-
+# %% ../../nbs/70_ops/71_flows.ipynb #2a1ff78d
 def _notebooks(steps: Sequence[str], pipelines: Path | None) -> list[Path]:
     found = [(pipelines or root() / "nbs" / "pipelines") / f"{step}.ipynb" for step in steps]
     for path in found:

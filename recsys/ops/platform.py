@@ -255,7 +255,7 @@ def greeting(home: Home, settings: Settings, *, user: str | None) -> str:
 
 Ctrl-C stops everything."""
 
-
+# %% ../../nbs/70_ops/78_platform.ipynb #0f0a1879
 def run(home: Home, settings: Settings, *, say: Callable[[str], object]) -> None:
     "Start the processes, greet, and keep them alive until SIGINT or SIGTERM. Raises PortBusy, or PlatformError when the gateway never got ready."
     configure("supervisor", level=settings.platform.log_level, file=home.logs / "supervisor.log")

@@ -47,7 +47,7 @@ def cron(
     except ValueError as e:
         raise ScheduleError(f"[flow] retrain = {line!r}: not a crontab line ({e}); write minute hour day month weekday, for example 0 3 * * *") from e
 
-
+# %% ../../nbs/70_ops/76_scheduler.ipynb #273ecbb7
 def _weekdays(field: str) -> str:
     "A crontab's weekday field with the days by name: 0 and 7 are Sunday."
     if field == "*": return field
@@ -92,7 +92,7 @@ def clockwork(
     out.add_job(job, trigger, coalesce=True, max_instances=1, misfire_grace_time=None, **first)
     return out
 
-
+# %% ../../nbs/70_ops/76_scheduler.ipynb #b8f44735
 def run(
     home: Home,
     settings: Settings,

@@ -147,7 +147,7 @@ class Way:
 # %% ../../nbs/70_ops/74_traffic.ipynb #f307069b
 PATIENCE_S = 60.0
 
-
+# %% ../../nbs/70_ops/74_traffic.ipynb #3c445d8d
 class Street:
     "The visitors of a shop. `advance` plays one step; a shopper's ids are those of the history."
 

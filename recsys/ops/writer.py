@@ -79,7 +79,7 @@ class _Gauges:
 LONGEST_WAIT_S = 60.0
 TEND_EVERY_MS = 3_600_000
 
-
+# %% ../../nbs/70_ops/72_writer.ipynb #5bec8d4c
 class Writer:
     """Moves a log into a lake every `interval_ms`, at most `batch_rows` a commit; compacts a table every `compact_every` commits; each hour lets go of
     log records that the lake has had for `keep_days`, of quarantined records after `quarantine_days`, and of files that compaction replaced."""

@@ -143,7 +143,7 @@ def fingerprint() -> tuple[str, tuple[int, ...]]:
     "What must be the same on all machines of a cluster: the version of Polars, and what it makes of known keys."
     return pl.__version__, tuple(pl.DataFrame({"key": _PROBE}).select(partition("key", 1 << 20)).to_series())
 
-
+# %% ../../nbs/20_prep/20_backend.ipynb #2ebc9ed9
 def _slices(files: Sequence[Path], rows: int) -> list[tuple[Path, int]]:
     "Runs of at most `rows` rows: file and first row. A file without rows still is one, for its columns."
     return [(path, at) for path in files for at in range(0, max(1, pl.scan_parquet(path).select(pl.len()).collect().item()), rows)]

@@ -57,7 +57,7 @@ def tally(
 # %% ../../nbs/20_prep/28_target.ipynb #43c8bef8
 COUNTS = ("category", "fold", "rows", "total")
 
-
+# %% ../../nbs/20_prep/28_target.ipynb #deb742b0
 @dataclass(frozen=True, eq=False)
 class Encoding:
     "Frozen counts of training rows; what they say of a category is a column `name`."

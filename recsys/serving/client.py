@@ -35,7 +35,7 @@ def events_body(events: Iterable[Event | Mapping[str, Any]]) -> bytes:
     plain = [dict(msgspec.to_builtins(e)) for e in events]
     return msgspec.json.encode({"events": [{"event_id": str(uuid.uuid4()), **e} for e in plain]})
 
-
+# %% ../../nbs/60_serving/68_client.ipynb #39842e7c
 def recommendation_body(user_id: str | None, options: Mapping[str, Any]) -> bytes:
     "The body of POST /v1/recommendations. Raises TypeError for an unknown option."
     return msgspec.json.encode(RecommendationRequest(user_id=user_id, **options))

@@ -130,7 +130,7 @@ class Engine:
 # %% ../../nbs/60_serving/62_engine.ipynb #55876f00
 AGAIN_SECONDS = 10.0  # until a refused bundle is tried again
 
-
+# %% ../../nbs/60_serving/62_engine.ipynb #c995264e
 class Live:
     "The engine that serves now."
 

@@ -206,7 +206,7 @@ def described(settings: Settings) -> tuple[tuple[Operation, Callable], ...]:
     async def give_page(gate: Gateway, call: Call) -> Answer: return page
     return *OPERATIONS, (more[0], give_document), (more[1], give_page)
 
-
+# %% ../../nbs/60_serving/67_gateway.ipynb #e7a701e3
 def create_app(home: Home, settings: Settings, *, clock: Callable[[], int] | None = None) -> App:
     "The ASGI app of one worker; opens the home's keys, vault and event log, and closes them when the lifespan ends."
     gate = Gateway.open(home, settings, clock=clock)

@@ -61,7 +61,7 @@ def _broken(event: Any, *, now: int, context: tuple[str, ...]) -> tuple[str, str
     if rule := first_broken(event, EVENT_RULES, now=now): return rule.field, rule.demand, rule.remedy
     return broken_context(event.get(CONTEXT), context)
 
-
+# %% ../../nbs/60_serving/65_intake.ipynb #42dfc35d
 def judge(
     events: Sequence[Any],  # as read by `read_events`; changed in place
     *,

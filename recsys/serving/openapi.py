@@ -56,7 +56,7 @@ def document(operations: Iterable[Operation], *, max_k: int) -> dict[str, Any]:
             "servers": [{"url": "/"}], "paths": paths,
             "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "bearerFormat": "rk_<id>_<secret>"}}}}
 
-
+# %% ../../nbs/60_serving/64_openapi.ipynb #ed5e4d60
 def _content(kind: Any) -> dict[str, Any]:
     "The media type and shape of a body."
     if isinstance(kind, str): return {kind: {"schema": {"type": "string"}}}

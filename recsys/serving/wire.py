@@ -88,7 +88,7 @@ class EventsAnswer(Struct):
     duplicates: int
     rejected: list[Rejection]
 
-
+# %% ../../nbs/60_serving/60_wire.ipynb #c32319e4
 class Slot(Struct, gc=False):
     "One recommended item."
 
@@ -133,7 +133,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "not-ready": (503, "There is no model yet"),
 }
 
-
+# %% ../../nbs/60_serving/60_wire.ipynb #d07b660e
 class Problem(Struct, omit_defaults=True, kw_only=True):
     "Why a request was refused (RFC 9457)."
 

@@ -27,7 +27,7 @@ class Decision:
         "Ready for JSON."
         return {"promote": self.promote, "reasons": self.reasons, "gains": {rival: asdict(gain) for rival, gain in self.gains.items()}}
 
-
+# %% ../../nbs/40_training/44_gates.ipynb #b826444d
 def decide(
     challenger: Evaluation,
     *,
