@@ -117,11 +117,11 @@ def tiles(seen: Snapshot) -> str:
     "The figures that a stakeholder asks for first."
     fast, clicks, state = seen.latency, seen.click_through[VIEW], {p.name: p.state for p in seen.parts}
     return '<div class="tiles">' + "".join((
-        tile("Recommendations", number(seen.requests_per_minute), "per min", f"over 5 min; {seen.requests:,} in the {span(seen)}",
+        tile("Recommendations now", number(seen.requests_per_minute), "per min", f"{seen.requests:,} in the {span(seen)}",
              state=state.get("gateway", "ok"), key="requests"),
         tile("Latency, median", number(fast.p50) if fast else "–", "ms" if fast else "", f"p99 {number(fast.p99)} ms" if fast else "nothing served yet",
              state="ok" if fast else "none", key="p50"),
-        tile("Events", number(seen.events_per_minute), "per min", f"{seen.events_in_lake:,} in the lake", key="events"),
+        tile("Events now", number(seen.events_per_minute), "per min", f"{seen.events_in_lake:,} in the lake", key="events"),
         tile("Writer lag", duration(seen.lag_ms) if seen.lag_ms else "none", "", f"{seen.events.waiting + seen.impressions.waiting:,} rows on their way",
              state=state["writer"], key="lag"),
         *_model_tiles(seen),
