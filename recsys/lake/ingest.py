@@ -211,6 +211,6 @@ def seed(lake: Lake, log: EventLog, users: Iterable[str], *, history: int = 200,
     names = pl.Series(USER_ID, users, dtype=pl.String).sort()
     for n in range(0, len(names), at_once):
         ours = lake.scan("events").filter(pl.col(USER_ID).is_in(names[n:n + at_once].implode()) & pl.col(ITEM_ID).is_not_null())
-        latest = ours.select(USER_ID, ITEM_ID, TYPE, TS).sort(TS, maintain_order=True).group_by(USER_ID, maintain_order=True).tail(history)
+        latest = ours.select(USER_ID, ITEM_ID, TYPE, TS, EVENT_ID).sort(TS, EVENT_ID).group_by(USER_ID, maintain_order=True).tail(history)
         log.seed(latest.collect())
     return len(names)

@@ -13,11 +13,11 @@ import numpy as np
 import polars as pl
 
 from ..prep.vocab import Vocab
-from ..schema import AVAILABLE_FROM, CART, CATEGORY, DISMISS, IN_STOCK, POSITIVE_TYPES, PRICE, PURCHASE, RATING, TITLE, VIEW
+from ..schema import AVAILABLE_FROM, CART, CATEGORY, DISMISS, IN_STOCK, POSITIVE_TYPES, PRICE, PURCHASE, RATING, REMOVE, TITLE, VIEW
 from .wire import Filters
 
 # %% ../../nbs/60_serving/61_policy.ipynb #85d59fea
-_FAR = {VIEW: 1, CART: 2, PURCHASE: 3, RATING: 3, DISMISS: 9}
+_FAR = {VIEW: 1, REMOVE: 1, CART: 2, PURCHASE: 3, RATING: 3, DISMISS: 9}
 _HIDDEN_FROM = {"view": 1, "cart": 2, "purchase": 3, "never": 9}
 HIDE_SEEN = tuple(_HIDDEN_FROM)
 
