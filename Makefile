@@ -18,9 +18,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "recsys needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -1); install one and say: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
-	@free=$$(df -Pk . | awk 'NR==2 {print int($$4/1024)}'); [ "$$free" -ge 3000 ] || { echo "about 3 GB of disk are needed to set up, and $$free MB are free here"; exit 1; }
+	@free=$$(df -Pk . | awk 'NR==2 {print int($$4/1024)}'); [ "$$free" -ge 4000 ] || { echo "about 4 GB of disk are needed to set up, and $$free MB are free here"; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@echo "installing (some minutes, once) ..."
+	@$(PIP) 'torch==2.13.0' $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') # first and by itself, so that the resolver keeps this build
 	@$(PIP) -e .
 	@touch $@
 
