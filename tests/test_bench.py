@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from recsys import settings as settings_module
+from recsys.bench import harness
+from recsys.bench import prep as bench
+from recsys.bench.harness import BenchError, Run, exponent, in_turns, measured, summary
 from recsys.cli import app
-from recsys.ops import bench
-from recsys.ops.bench import BenchError, Run, exponent, in_turns, measured, summary
 
 ROOT = Path(__file__).parents[1]
 EQUAL = "import runpy, sys; sys.argv[0] = {peer!r}; runpy.run_path({peer!r}, run_name='__main__')\n"
@@ -101,7 +102,7 @@ def test_wrong_outputs_give_no_figures(tmp_path: Path):
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(BenchError, match="run in a checkout"): bench.prep(tmp_path, tmp_path / "work", events=1000)
-    monkeypatch.setattr(bench.util, "find_spec", lambda name: None if name == "duckdb" else True)
+    monkeypatch.setattr(harness.util, "find_spec", lambda name: None if name == "duckdb" else True)
     with pytest.raises(BenchError, match=r"not installed: duckdb: .*pip install -c constraints.txt -e '.\[dev\]'"): bench.folder_of(ROOT)
 
 
