@@ -9,7 +9,6 @@ __all__ = ['Protocol', 'FileError', 'Corpus', 'text_of', 'read', 'interactions',
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -62,17 +61,16 @@ def text_of(path: str | Path) -> tuple[str, str]:
         raise FileError(f"{path}, line {data.count(10, 0, e.start) + 1}: not UTF-8 text; save the file as plain UTF-8") from e
 
 
-def _named(path: Path, rows: list[list[str]]) -> tuple[list[str], np.ndarray, list[list[str]]]:
-    "Users in order of appearance, the user of each line, and its items. Where every line has two tokens, a user has many lines, else one."
-    pairs, number = all(len(row) == 2 for row in rows if row), dict[str, int]()
-    who = np.zeros(len(rows), np.int64)
-    for n, row in enumerate(rows):
-        if not row: continue
-        if not pairs and row[0] in number:
-            raise FileError(f"{path}, line {n + 1}: user {row[0]!r} has a line already; a user has one line of items, or every line is one `user item` pair; "
-                            "for lines of bare items say --protocol sessions")
-        who[n] = number.setdefault(row[0], len(number))
-    return list(number), who, [row[1:] for row in rows]
+def _named(path: Path, lines: np.ndarray, lengths: np.ndarray, first: list[str]) -> tuple[list[str], np.ndarray]:
+    "Users in order of appearance, and the user of each line. Where every line has two tokens a user has many lines, else one."
+    pairs, number = bool((lengths == 2).all()), dict[str, int]()
+    if not pairs and len(set(first)) < len(first):
+        met: set[str] = set()
+        at, user = next((n, u) for n, u in enumerate(first) if u in met or met.add(u))  # type: ignore[func-returns-value]
+        raise FileError(f"{path}, line {lines[at] + 1}: user {user!r} has a line already; a user has one line of items, or every line is one "
+                        "`user item` pair; for lines of bare items say --protocol sessions")
+    who = [number.setdefault(u, len(number)) for u in first]
+    return list(number), np.array(who, np.int64)
 
 # %% ../../nbs/40_training/48_protocols.ipynb #152df922
 def read(
@@ -85,13 +83,18 @@ def read(
     if protocol not in get_args(Protocol): raise FileError(f"protocol {protocol!r}: must be one of {', '.join(get_args(Protocol))}")
     path = Path(path)
     text, digest = text_of(path)
-    rows = [line.split() for line in text.split("\n")]
-    if protocol == "loo": users, who, rows = _named(path, rows)
-    else: users, who = [f"line {n + 1}" for n, row in enumerate(rows) if row], np.cumsum([bool(row) for row in rows]) - 1
-    names = pl.Series(ITEM_ID, list(chain.from_iterable(rows)), dtype=pl.String)
-    if not len(names): raise FileError(f"{path}, line 1: no items in the file; a line is " + ("`user item item ...`" if protocol == "loo" else "the items of a session"))
+    lengths = np.array([len(line.split()) for line in text.split("\n")], np.int64)
+    tokens, used = text.split(), np.flatnonzero(lengths)
+    named = protocol == "loo"
+    starts, lengths = ends(lengths[used])[:-1], lengths[used] - named
+    if named: users, who = _named(path, used, lengths + 1, [tokens[at] for at in starts])
+    else: users, who = [f"line {n + 1}" for n in used], np.arange(len(used))
+    is_item = np.ones(len(tokens), bool)
+    if named: is_item[starts] = False
+    names = pl.Series(ITEM_ID, tokens, dtype=pl.String).filter(pl.Series(is_item, dtype=pl.Boolean))
+    if not len(names): raise FileError(f"{path}, line 1: no items in the file; a line is " + ("`user item item ...`" if named else "the items of a session"))
     vocab = Vocab.build(names, seed=seed)
-    return Corpus(path.name, digest, protocol, vocab, pl.Series(USER_ID, users, dtype=pl.String), np.repeat(who, [len(row) for row in rows]), vocab.encode(names))
+    return Corpus(path.name, digest, protocol, vocab, pl.Series(USER_ID, users, dtype=pl.String), np.repeat(who, lengths), vocab.encode(names))
 
 # %% ../../nbs/40_training/48_protocols.ipynb #4d725b54
 def interactions(corpus: Corpus) -> pl.DataFrame:
