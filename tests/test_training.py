@@ -14,9 +14,23 @@ from recsys.prep.sequences import Sequences
 from recsys.prep.vocab import Vocab
 from recsys.schema import ITEM_ID, TS, TS_IS_ORDER, TYPE, USER_ID
 from recsys.synth import T0, checkerboard, shop
-from recsys.training.evaluate import Evaluation, evaluate, slices, table
+from recsys.training.evaluate import LENGTHS, Evaluation, evaluate, slices, table
 from recsys.training.gates import decide
-from recsys.training.metrics import bootstrap, coverage, hit, mrr, ndcg, novelty, paired_bootstrap, ranks, recall, top
+from recsys.training.metrics import (
+    bootstrap,
+    bootstraps,
+    coverage,
+    debiased_ndcg,
+    hit,
+    mrr,
+    ndcg,
+    novelty,
+    paired_bootstrap,
+    ranks,
+    rarity,
+    recall,
+    top,
+)
 from recsys.training.splits import (
     Cases,
     LeakError,
@@ -70,6 +84,34 @@ def test_ranks_and_metrics_equal_brute_force(world, k: int):
         assert hit(found, k=k)[q] == bool(inside)
         assert mrr(found, k=k)[q] == pytest.approx(1 / min(inside) if inside else 0)
         assert ndcg(found, k=k)[q] == pytest.approx(min(1, sum(1 / math.log2(r + 1) for r in inside) / ideal))
+
+
+@many
+@given(scored(), st.integers(1, 5), st.sampled_from([0.0, 0.5, 1.0]), st.lists(st.integers(0, 50), min_size=12, max_size=12))
+def test_debiased_ndcg_equals_brute_force(world, k: int, power: float, counts: list):
+    scores, targets, _ = world
+    popular = np.array([0, *counts[1:]])
+    rows = Sequences.from_lists(targets)
+    found, weights = ranks(scores, rows), rarity(rows.values, popularity=popular, power=power)
+    got = debiased_ndcg(found, k=k, weights=weights)
+    want, total = [], []
+    for row, wanted in zip(scores, targets, strict=True):
+        heavy = [(popular[i] + 1.0) ** -power for i in wanted]
+        gain = sum(w / math.log2(r + 1) for w, r in zip(heavy, plain_ranks(row, wanted, []), strict=True) if r <= k)
+        want.append(min(1, gain / sum(w / math.log2(n + 2) for n, w in enumerate(sorted(heavy, reverse=True)[:k]))))
+        total.append(sum(heavy) / len(heavy))
+    assert got.mean() == pytest.approx(sum(a * b for a, b in zip(want, total, strict=True)) / sum(total))
+    if power == 0: assert got == pytest.approx(ndcg(found, k=k))
+
+
+def test_metrics_that_share_draws_have_the_intervals_they_have_alone():
+    rng = np.random.default_rng(1)
+    values, groups = {name: rng.random(60) for name in "ab"}, rng.integers(0, 9, 60)
+    together = bootstraps(values, seed=3, groups=groups, rounds=50, together=7)
+    for name, v in values.items():
+        alone = bootstrap(v, seed=3, groups=groups, rounds=50)
+        assert (together[name].mean, together[name].low, together[name].high) == pytest.approx((alone.mean, alone.low, alone.high))
+    with pytest.raises(ValueError, match="power"): rarity(np.array([1]), popularity=np.array([0, 1]), power=2)
 
 
 @many
@@ -250,8 +292,9 @@ def test_evaluation_equals_brute_force_and_holds_few_scores_at_a_time():
     want = [plain_ranks(model.row, t.tolist(), set(h.tolist())) for h, t in zip(held.histories, held.targets, strict=True)]
     assert found.per_case["hit@5"].tolist() == [float(min(r) <= 5) for r in want]
     assert found.intervals["mrr@10"].mean == pytest.approx(np.mean([1 / min(r) if min(r) <= 10 else 0 for r in want]))
-    assert set(found.per_case) == {f"{m}@{k}" for m in ("recall", "ndcg", "mrr", "hit") for k in (5, 10)} and 0 < found.coverage <= 1
-    assert table([found]).height == 10 and sum(len(t) for t in slices(held).values()) == 6 * len(held)
+    assert set(found.per_case) == {f"{m}@{k}" for m in ("recall", "ndcg", "mrr", "hit", "debiased_ndcg") for k in (5, 10)} and 0 < found.coverage <= 1
+    assert table([found]).height == 12 and all(t.shape == (len(held),) for t in slices(held).values())
+    assert (sum(slices(held)[name] for name in LENGTHS) == 1).all()  # each case has one length
 
 
 def test_hiding_is_a_policy():
