@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ ASOF = T0 + 30 * DAY
 def _filled(rows: pl.DataFrame, **kw) -> Filled: return Filled(covisit.fit(rows, **kw), popular.fit(rows, **kw))
 
 
-FITS = {"popular": popular.fit, "covisit": covisit.fit, "covisit+popular": _filled}
+FITS = {"popular": popular.fit, "popular with echo": partial(popular.fit, echo=0.5, half_life_share=0.3, window_days=20), "covisit": covisit.fit,
+        "covisit of sessions": partial(covisit.fit, repeats=True, half_life_share=0.5, backward=0.8), "covisit+popular": _filled}
 LOADS = {"popular": popular.load, "covisit": covisit.load}
 
 

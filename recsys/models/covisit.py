@@ -17,6 +17,7 @@ import polars as pl
 from scipy import sparse
 
 from .contract import Slates, best, check, learnable, places
+from .popular import freshness
 from ..prep.sequences import Sequences
 from ..prep.vocab import Vocab
 from ..schema import ITEM_ID, TS, USER_ID
@@ -32,8 +33,8 @@ class Steps:
     step: np.ndarray  # int64, rises by 1 with each new moment of a user
 
 
-def steps(known: pl.DataFrame, vocab: Vocab, *, longest: int, seed: int) -> Steps:
-    "From `learnable` rows."
+def steps(known: pl.DataFrame, vocab: Vocab, *, longest: int, seed: int, repeats: bool = False) -> Steps:
+    "From `learnable` rows; with `repeats`, a row that repeats the item of the one before is a step, too."
     item = vocab.encode(known[ITEM_ID])
     user = known[USER_ID].rle_id().to_numpy().astype(np.int64)
     order = np.lexsort((np.random.default_rng(seed).random(len(item)), known[TS].to_numpy(), user))
@@ -41,7 +42,7 @@ def steps(known: pl.DataFrame, vocab: Vocab, *, longest: int, seed: int) -> Step
     user, item, ts = user[order], item[order], known[TS].to_numpy()[order]
     again = np.zeros(len(item), bool)
     again[1:] = (user[1:] == user[:-1]) & (item[1:] == item[:-1])
-    user, item, ts = user[~again], item[~again], ts[~again]
+    if not repeats: user, item, ts = user[~again], item[~again], ts[~again]
     ends = np.cumsum(np.bincount(user)) if len(user) else user
     near = ends[user] - np.arange(len(user)) <= longest
     user, item, ts = user[near], item[near], ts[near]
@@ -56,12 +57,14 @@ def pairs(
     window: int,
     half_life_days: float | None,
     gap_days: float | None,
+    half_life_share: float | None = None,
+    repeats: bool = False,  # an item with itself is a pair, too
 ) -> sparse.csr_matrix:  # float32 [n, n]: from the earlier item to the later one
     "Weighted counts of what came after what. Equal input gives equal bits."
-    fresh = np.ones(len(rows.ts)) if half_life_days is None else np.exp2((rows.ts - asof) / (half_life_days * 86_400_000))
+    fresh = freshness(rows.ts, asof=asof, half_life_days=half_life_days, half_life_share=half_life_share)
     total = sparse.csr_matrix((n, n), dtype=np.float32)
     for d in range(1, min(window, len(rows.item) - 1) + 1):
-        a = np.flatnonzero((rows.user[d:] == rows.user[:-d]) & (rows.item[d:] != rows.item[:-d]))
+        a = np.flatnonzero((rows.user[d:] == rows.user[:-d]) & (repeats | (rows.item[d:] != rows.item[:-d])))
         b = a + d
         weight = fresh[b] / np.maximum(rows.step[b] - rows.step[a], 1)
         if gap_days is not None: weight *= np.exp2((rows.ts[a] - rows.ts[b]) / (gap_days * 86_400_000))
@@ -138,6 +141,7 @@ class Covisit:
     vocab: Vocab
     near: Neighbours
     counts: np.ndarray  # int64 [n], rows of each item
+    asof: int | None = None  # ms: what it learned lies before; None for models of older versions, which did not say
     name: str = "covisit"
 
     @cached_property
@@ -171,7 +175,7 @@ class Covisit:
         Path(folder).mkdir(parents=True, exist_ok=True)
         table = self.near.table
         np.savez(Path(folder) / "model.npz", indptr=table.indptr, indices=table.indices, data=table.data, counts=self.counts)
-        (Path(folder) / "model.json").write_text(json.dumps({"last": self.near.last, "fade": self.near.fade}))
+        (Path(folder) / "model.json").write_text(json.dumps({"last": self.near.last, "fade": self.near.fade, "asof": self.asof}))
 
 # %% ../../nbs/50_models/53_covisit.ipynb #8b831453
 def fit(
@@ -190,20 +194,22 @@ def fit(
     neighbours: int = 200,
     last: int = 10,
     fade: float = 0.7,
+    half_life_share: float | None = None,  # of a pair, by the share of the log that came later: for data that hold only an order
+    repeats: bool = False,  # an item may speak for itself: for data in which what was just seen comes again
 ) -> Covisit:
     "Learn what goes with what from the rows before `asof`: the same rows in any order, and the same seed, give the same bits. Raises ValueError."
     for name, value in (("window", window), ("longest", longest), ("neighbours", neighbours), ("last", last)):
         if value < 1: raise ValueError(f"{name} = {value}: must be 1 or more")
-    for name, days in (("half_life_days", half_life_days), ("gap_days", gap_days)):
-        if days is not None and not days > 0: raise ValueError(f"{name} = {days}: must be above 0, or None for no decay")
+    for name, life in (("half_life_days", half_life_days), ("gap_days", gap_days), ("half_life_share", half_life_share)):
+        if life is not None and not life > 0: raise ValueError(f"{name} = {life}: must be above 0, or None for no decay")
     if not 0 < fade <= 1: raise ValueError(f"fade = {fade}: must be above 0 and at most 1")
     known = learnable(interactions, asof=asof)
     vocab = Vocab.build(known[ITEM_ID]) if vocab is None else vocab
-    rows = steps(known, vocab, longest=longest, seed=seed)
+    rows = steps(known, vocab, longest=longest, seed=seed, repeats=repeats)
     counts = np.bincount(rows.item, minlength=len(vocab)).astype(np.int64)
-    after = pairs(rows, len(vocab), asof=asof, window=window, half_life_days=half_life_days, gap_days=gap_days)
+    after = pairs(rows, len(vocab), asof=asof, window=window, half_life_days=half_life_days, gap_days=gap_days, half_life_share=half_life_share, repeats=repeats)
     table = nearest(after, counts, backward=backward, source_debias=source_debias, target_debias=target_debias, neighbours=neighbours)
-    return Covisit(vocab, Neighbours(table, last, fade), counts)
+    return Covisit(vocab, Neighbours(table, last, fade), counts, asof)
 
 # %% ../../nbs/50_models/53_covisit.ipynb #e78f07d1
 def load(folder: str | Path, vocab: Vocab) -> Covisit:
@@ -213,4 +219,4 @@ def load(folder: str | Path, vocab: Vocab) -> Covisit:
     if len(counts) != len(vocab): raise ValueError(f"{folder}: {len(counts)} items, but the vocabulary has {len(vocab)}; load it with its own")
     table = sparse.csr_matrix((data, indices, indptr), shape=(len(counts), len(counts)))
     table.check_format(full_check=True)
-    return Covisit(vocab, Neighbours(table, settings["last"], settings["fade"]), counts)
+    return Covisit(vocab, Neighbours(table, settings["last"], settings["fade"]), counts, settings.get("asof"))
