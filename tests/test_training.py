@@ -335,6 +335,13 @@ def test_the_platforms_models_read_nothing_past_the_split():
         assert_no_leak(lambda rows, module=module: module.fit(rows, asof=SPLIT.test_from, seed=0), BOARD, asof=SPLIT.test_from)
 
 
+def test_a_model_fitted_past_the_cases_is_refused_by_evaluation_itself():
+    from recsys.models import recipes
+    fitted = {at: recipes.whole(recipes.fit(recipes.Recipe("covisit"), BOARD, asof=at)) for at in (SPLIT.test_from, SPLIT.test_from + 1)}
+    assert evaluate(fitted[SPLIT.test_from], asked(), seed=0).n == len(asked())
+    with pytest.raises(LeakError, match=f"after asof = {SPLIT.test_from}"): evaluate(fitted[SPLIT.test_from + 1], asked(), seed=0)
+
+
 def judged(values: np.ndarray, name: str = "m") -> Evaluation:
     return Evaluation(name, {"ndcg@10": values}, {}, pl.DataFrame(), 0, 0, len(values), 0, 0, "k", np.arange(len(values)))
 

@@ -132,6 +132,10 @@ class Filled:
     def name(self) -> str: return f"{self.first.name}+{self.then.name}"
     @property
     def vocab(self) -> Vocab: return self.first.vocab
+    @property
+    def asof(self) -> int | None:
+        "Up to when the later of the two was fitted (ms), so that judging it on anything before is refused."
+        return max((a for m in (self.first, self.then) if (a := getattr(m, "asof", None)) is not None), default=None)
 
     def scores(self, histories: Sequences) -> np.ndarray:
         "float32 [Q, n]: the first model's where above 0; below that, -1/x keeps the other's order without losing its small differences."
