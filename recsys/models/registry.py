@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import recsys
 from . import bundle
 from .bundle import Champion
 from ..telemetry import logger
@@ -58,7 +58,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 # %% ../../nbs/50_models/59_registry.ipynb #ac666e65
 def code_hash() -> str:
     "Of the package's source, 16 hex digits: two runs with the same one ran the same code, committed or not."
-    root, found = Path(str(recsys.__file__)).parent, hashlib.sha256()
+    spec, found = find_spec("recsys"), hashlib.sha256()
+    root = Path(spec.origin).parent if spec and spec.origin else Path()
     for path in sorted(root.rglob("*.py")): found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]
 
