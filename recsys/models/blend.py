@@ -7,7 +7,7 @@ __all__ = ['LOADERS', 'shares', 'combine', 'Blend', 'fit', 'usual', 'load']
 
 # %% ../../nbs/50_models/56_blend.ipynb #cf0d82cb
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from . import covisit, popular
+from . import covisit, popular, sequential
 from .contract import Model, Slates, best, check, places
 from ..prep.sequences import Sequences
 from ..prep.vocab import Vocab
@@ -128,11 +128,10 @@ def fit(
     floor: float = 1e-4,  # its share of an item of which it knows nothing
     network: Mapping[str, Any] | None = None,  # options of `sequential.fit`
     counts: Mapping[str, Any] | None = None,  # options of `covisit.fit`
-    **run: Any,  # epochs, minutes, progress: of the network
+    **run: Any,  # epochs, minutes, progress, folder, device: of the network
 ) -> Blend:
     "Fit both parts. Raises ValueError."
     near = covisit.fit(interactions, asof=asof, seed=seed, vocab=vocab, **(counts or {}))
-    from recsys.models import sequential
     net = sequential.fit(interactions, asof=asof, seed=seed, vocab=near.vocab, **(network or {}), **run)
     return usual(net, near, weight=weight, floor=floor)
 
@@ -142,7 +141,7 @@ def usual(net: Model, near: Model, *, weight: float, floor: float = 1e-4) -> Ble
     return Blend((net, near), (1.0, weight), (1e-9, floor))
 
 
-LOADERS = {"popular": popular.load, "covisit": covisit.load}
+LOADERS: dict[str, Callable[[Path, Vocab], Model]] = {"popular": popular.load, "covisit": covisit.load, "sequential": sequential.load}
 
 
 def load(folder: str | Path, vocab: Vocab) -> Blend:

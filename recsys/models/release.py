@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import polars as pl
 
 from .. import __version__
-from . import covisit, popular
+from . import blend, covisit, popular, sequential
 from .bundle import BundleError, Manifest, verify, write
 from .contract import Model
 from ..prep.vocab import Vocab
@@ -23,7 +23,7 @@ from ..schema import ITEM_ID, ITEMS
 
 # %% ../../nbs/50_models/58_release.ipynb #144cd9fd
 # of what serving may import: no loader needs torch
-LOADERS: dict[str, Callable[[Path, Vocab], Model]] = {"popular": popular.load, "covisit": covisit.load}
+LOADERS: dict[str, Callable[[Path, Vocab], Model]] = {"popular": popular.load, "covisit": covisit.load, "sequential": sequential.load, "blend": blend.load}
 REQUIRED = ("created", "data", "metrics", "settings")  # of `about`
 
 
