@@ -132,7 +132,7 @@ def fit(
 ) -> Blend:
     "Fit both parts. Raises ValueError."
     near = covisit.fit(interactions, asof=asof, seed=seed, vocab=vocab, **(counts or {}))
-    net = sequential.fit(interactions, asof=asof, seed=seed, vocab=near.vocab, **(network or {}), **run)
+    net = sequential.fit(interactions, asof=asof, seed=seed, vocab=near.vocab, **{**(network or {}), **run})
     return usual(net, near, weight=weight, floor=floor)
 
 
