@@ -6,6 +6,7 @@
 __all__ = ['Decision', 'decide']
 
 # %% ../../nbs/40_training/44_gates.ipynb #27665140
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class Decision:
 
     promote: bool
     reasons: list[str]
-    gains: dict[str, Interval]  # "champion" and "baseline", where compared
+    gains: dict[str, Interval]  # "champion", "baseline" and further baselines, where compared
 
     def summary(self) -> dict[str, Any]:
         "Ready for JSON."
@@ -38,10 +39,11 @@ def decide(
     seed: int,
     metric: str = "ndcg@10",
     least: int = 100,  # fewer cases decide nothing
+    others: Mapping[str, Evaluation] | None = None,  # by role, further baselines that it must beat: what counts, for a network
     renewal: bool = False,  # it is the champion's own recipe on newer data: there is no champion to compare with, and the baseline is still to be beaten
 ) -> Decision:
     "Compare on the same cases. Raises ValueError where the evaluations cannot be paired or lack the metric."
-    rivals = {"baseline": baseline} if champion is None else {"champion": champion, "baseline": baseline}
+    rivals = ({} if champion is None else {"champion": champion}) | {"baseline": baseline, **(others or {})}
     for role, rival in {"challenger": challenger, **rivals}.items(): _check(role, rival, challenger, metric)
     if challenger.n < least:
         return Decision(False, [f"refused: {challenger.n} cases, and fewer than {least} decide nothing; wait for more events or hold out more"], {})
@@ -51,6 +53,7 @@ def decide(
              for role, rival in rivals.items()}
     same = {role: _same(challenger, rival) for role, rival in rivals.items()}
     verdicts = [_baseline(gains["baseline"], same["baseline"] and challenger.name == baseline.name)]
+    verdicts += [_baseline(gains[role], False, role) for role in others or {}]
     if champion is None: verdicts.append((True, "the champion's own recipe, on newer data" if renewal else "no champion yet"))
     else: verdicts.append(_champion(gains["champion"], same["champion"], 0. if same["baseline"] else tolerance))
     passed = all(ok for ok, _ in verdicts)
@@ -72,10 +75,10 @@ def _same(a: Evaluation, b: Evaluation) -> bool:
     return a.per_case.keys() == b.per_case.keys() and all(np.array_equal(a.per_case[m], b.per_case[m]) for m in a.per_case)
 
 
-def _baseline(gain: Interval, same: bool) -> tuple[bool, str]:
+def _baseline(gain: Interval, same: bool, role: str = "baseline") -> tuple[bool, str]:
     if same: return True, "it is the baseline, so it may only stand in for a missing or a worse champion, or for itself"
-    if gain.low > 0: return True, f"better than the baseline: gain of at least {gain.low:+.4f}"
-    return False, f"not better than the baseline for sure: its gain may be as low as {gain.low:+.4f} and must be above 0"
+    if gain.low > 0: return True, f"better than the {role}: gain of at least {gain.low:+.4f}"
+    return False, f"not better than the {role} for sure: its gain may be as low as {gain.low:+.4f} and must be above 0"
 
 
 def _champion(gain: Interval, same: bool, tolerance: float) -> tuple[bool, str]:
