@@ -69,11 +69,17 @@ class Prep:
 
 @dataclass(frozen=True)
 class Training:
-    model: Literal["popular", "covisit", "best"]
+    model: Literal["popular", "covisit", "sequential", "blend", "best"]
+    minutes: Annotated[float, Meta(ge=0)]
     holdout: Annotated[float, Meta(gt=0, lt=0.5)]
     k: Count
     cases: Count
     seed: int
+    processes: Count
+    restarts: Annotated[int, Meta(ge=0)]
+    device: str
+    dtype: Literal["auto", "fp32", "bf16"]
+    compile: bool
 
 
 @dataclass(frozen=True)
