@@ -8,7 +8,6 @@ __all__ = ['Loss', 'Shape', 'Dropout', 'convolved', 'Block', 'Net', 'full_softma
 
 # %% ../../nbs/50_models/54_network.ipynb #79dfc3ab
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -107,6 +106,10 @@ class Block(nn.Module):
 class Net(nn.Module):
     "Item numbers [B, L], rows from the left -> states [B, L, D]; the state at a position is compared with the table's rows."
 
+    mask: Tensor  # [L, L]
+    bag_words: Tensor
+    bag_offsets: Tensor
+
     def __init__(
         self,
         shape: Shape,
@@ -120,8 +123,7 @@ class Net(nn.Module):
         self.item = nn.Embedding(shape.items, shape.dim)
         nn.init.normal_(self.item.weight, std=shape.dim**-0.5 if shape.cosine else 0.05)
         self.position = nn.Parameter(torch.randn(shape.length, shape.dim) * 0.02)
-        self.side = nn.ModuleList(nn.Embedding(n, shape.dim) for n in shape.sides)
-        for side in self.side: nn.init.normal_(side.weight, std=0.02)
+        self.side = nn.ModuleList(nn.Embedding.from_pretrained(torch.randn(n, shape.dim) * 0.02, freeze=False) for n in shape.sides)
         self.blocks = nn.ModuleList(Block(shape, dropout) for _ in range(shape.blocks))
         self.norm, self.dropout = nn.LayerNorm(shape.dim), Dropout(dropout)
         if shape.cosine: self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -161,9 +163,11 @@ class _Softmax(torch.autograd.Function):
         H, W, b = states.to(dtype), table.to(dtype), prior.to(dtype)
         dH, dW, loss = torch.empty_like(H), torch.zeros(table.shape, device=table.device), torch.zeros((), device=states.device)
         step = max(64, cells // len(W))
+        room = torch.empty(min(step, len(H)), len(W), dtype=dtype, device=H.device)
         for i in range(0, len(H), step):
             h, t = H[i:i + step], targets[i:i + step, None]
-            p = torch.softmax(torch.addmm(b, h, W.t()), 1)
+            p = torch.addmm(b, h, W.t(), out=room[:len(h)])
+            torch.softmax(p, 1, out=p)
             right = p.gather(1, t)
             loss -= right.float().clamp_min(1e-30).log().sum()
             p.scatter_(1, t, right - 1)
@@ -180,9 +184,9 @@ class _Softmax(torch.autograd.Function):
         return (dH * grads[0]).to(ctx.dtype), dW * grads[0], None, None, None, None
 
 
-def full_softmax(states: Tensor, table: Tensor, prior: Tensor, targets: Tensor, *, dtype: torch.dtype = torch.float32, cells: int = 1 << 20) -> Tensor:
+def full_softmax(states: Tensor, table: Tensor, prior: Tensor, targets: Tensor, *, dtype: torch.dtype = torch.float32, cells: int = 1 << 19) -> Tensor:
     "Summed cross-entropy of states [N, D] over all items: table [n, D], prior [n] added to the logits, targets int64 [N]. At most `cells` logits at a time."
-    return _Softmax.apply(states, table, prior, targets, dtype, cells)  # type: ignore[no-any-return]
+    return _Softmax.apply(states, table, prior, targets, dtype, cells)
 
 # %% ../../nbs/50_models/54_network.ipynb #ff2894a2
 @dataclass(frozen=True, eq=False)
@@ -258,7 +262,8 @@ Loss = Literal["softmax", "sampled", "one"]
 class NextItem:
     "Predict each next item of histories (see `trainer.Task`)."
 
-    undecayed = ("position", "conv", "side")
+    module: nn.Module
+    undecayed: tuple[str, ...] = ("position", "conv", "side")
 
     def __init__(
         self,
@@ -273,7 +278,7 @@ class NextItem:
         sides: Sequence[np.ndarray] = (),  # int64 [N] each, codes of the events of the sequences
         untold: float = 0.2,  # share of rows whose sides are hidden, so that the net also answers without
     ) -> None:
-        self.module, self.sequences, self.seed, self.tokens, self.negatives = net, sequences, seed, tokens, negatives
+        self.module, self.net, self.sequences, self.seed, self.tokens, self.negatives = net, net, sequences, seed, tokens, negatives
         self.kind: Loss = loss or ("sampled" if negatives else "softmax")
         self.sides, self.untold = sides, untold
         counts = np.bincount(sequences.values, minlength=net.shape.items)
@@ -286,7 +291,7 @@ class NextItem:
     def plan(self, epoch: int) -> Sequence[np.ndarray]:
         "Batches of windows, int64 [B, 3]: history, start, stop."
         rng = np.random.default_rng(key(self.seed, epoch))
-        found = windows(self.sequences, length=self.module.shape.length, rng=rng)
+        found = windows(self.sequences, length=self.net.shape.length, rng=rng)
         rows = np.stack([found.row, found.start, found.stop], 1)
         return [rows[b] for b in buckets(found.lengths, tokens=self.tokens, rng=rng)]
 
@@ -312,7 +317,7 @@ class NextItem:
         out, left = np.zeros(len(owner), np.int64), np.arange(len(owner))
         for attempt in range(20):
             out[left] = self.known[(hashed(position[left], key(self.seed, step, 2 + attempt)) * len(self.known)).astype(np.int64)]
-            wanted = owner[left] * self.module.shape.items + out[left]
+            wanted = owner[left] * self.net.shape.items + out[left]
             left = left[self.met[np.minimum(np.searchsorted(self.met, wanted), len(self.met) - 1)] == wanted]
             if not len(left): break
         return out
@@ -322,12 +327,12 @@ class NextItem:
         inputs, targets, at, sample, sides = batch
         device = inputs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        table = self.module.table()
+        table = self.net.table()
         states = self.module(inputs, table, sides).flatten(0, 1)[at]
         with torch.autocast(device, enabled=False):
-            states, table = self.module.compared(states, table)
+            states, table = self.net.compared(states, table)
             if self.kind == "softmax":
                 self.prior = self.prior.to(inputs.device)
-                return full_softmax(states, table, self.prior, targets, dtype=dtype, cells=1 << 24 if device == "cuda" else 1 << 20)
+                return full_softmax(states, table, self.prior, targets, dtype=dtype, cells=1 << 24 if device == "cuda" else 1 << 19)
             if self.kind == "sampled": return sampled_softmax(states, table, targets, Sampled(*sample), dtype=dtype)
             return one_negative(states, table, targets, *sample)
