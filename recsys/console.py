@@ -8,6 +8,7 @@ __all__ = ['HomeOption', 'JsonOption', 'opened', 'said', 'tell', 'table', 'bar',
 # %% ../nbs/90_cli/91_console.ipynb #626096e2
 import json as jsonlib
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -61,22 +62,24 @@ def table(rows: list[dict], *, none: str) -> str:
 # %% ../nbs/90_cli/91_console.ipynb #48e33696
 @contextmanager
 def bar(quiet: bool) -> Iterator[Any]:
-    "A progress bar on stderr, or a line for each thing begun where stderr is no terminal: a function of what is being done and the share that is done."
+    "A progress bar on stderr, or a line for each thing begun where stderr is no terminal: a function of what is being done, the share that is done, and a note."
     if not quiet and not sys.stderr.isatty():
-        begun: set[str] = set()
+        noted: dict[str, float] = {}  # when a thing was last spoken of
 
-        def line(what: str, done: float | None) -> None:
-            if what not in begun: print(f"{what} ...", file=sys.stderr, flush=True)
-            begun.add(what)
+        def line(what: str, done: float | None, note: str = "") -> None:
+            if what not in noted: print(f"{what} ...", file=sys.stderr, flush=True)
+            elif note and (time.monotonic() > noted[what] + 10 or done == 1.0): print(f"  {note}", file=sys.stderr, flush=True)
+            else: return
+            noted[what] = time.monotonic()
         yield line
         return
-    with Progress(TextColumn("{task.description:<28}"), BarColumn(40), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+    with Progress(TextColumn("{task.description:<28}"), BarColumn(40), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
                   console=Console(stderr=True), disable=quiet) as shown:
         tasks: dict[str, Any] = {}
 
-        def step(what: str, done: float | None) -> None:
-            if what not in tasks: tasks[what] = shown.add_task(what, total=1.0)
-            shown.update(tasks[what], completed=done or 0.0)
+        def step(what: str, done: float | None, note: str = "") -> None:
+            if what not in tasks: tasks[what] = shown.add_task(what, total=1.0, note="")
+            shown.update(tasks[what], completed=done or 0.0, note=note)
         yield step
 
 

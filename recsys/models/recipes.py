@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['KINDS', 'COUNTING', 'RUN', 'BASKETS', 'TIMELESS', 'ORDERED', 'SESSIONS', 'NETWORKS', 'WEIGHTS', 'JUDGED',
            'RecipeError', 'Recipe', 'fit', 'passes', 'whole', 'save', 'load', 'candidates', 'network', 'Question',
-           'weigh', 'Choice', 'best']
+           'weigh', 'Progress', 'Choice', 'best']
 
 # %% ../../nbs/50_models/57_recipes.ipynb #fe6a64fe
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -186,6 +186,12 @@ def weigh(
     return {w: float(ndcg(Ranks(np.concatenate(v), cases.targets.offsets), k=question.k).mean()) for w, v in found.items()}
 
 # %% ../../nbs/50_models/57_recipes.ipynb #4ec767d8
+class Progress(Protocol):
+    "Who wants to know how it goes."
+
+    def __call__(self, what: str, done: float | None, note: str = "", /) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Choice:
     "A recipe, its model as fitted on what was known, and what it was chosen from."
@@ -204,7 +210,7 @@ def best(
     minutes: float | None = None,  # wall time, all included; for what trains. Default: as long as its epochs take
     vocab: Vocab | None = None,
     options: Mapping[str, Any] | None = None,  # of the network, over those of `network`
-    progress: Callable[[str, float | None], None] | None = None,
+    progress: Progress | None = None,
     **run: Any,  # folder, device: of the network, see `sequential.fit`
 ) -> Choice:
     "Fit and judge what the kind allows, within the time, and take the best on validation. Raises RecipeError."
@@ -216,8 +222,8 @@ def best(
     recipe = network(question.known, sessions=question.sessions)
     recipe = Recipe("sequential", {**recipe.options, **(options or {})})
     if minutes is not None: run["minutes"] = max(minutes - (time.monotonic() - began + min(spare, len(question.cases) * len(question.cases.vocab) / JUDGED)) / 60, 0.01)
-    if progress: run["progress"] = lambda status: progress("training", status.progress)
-    net = _tried(recipe, question, vocab, progress, **run)
+    if progress: run["progress"] = lambda status: progress("training", status.progress, str(status))
+    net = _tried(recipe, question, vocab, progress, run)
     found.append(net)
     near = max((c for c in found if c.recipe.model == "covisit"), key=_score, default=None)
     if near and len(question.cases): found.append(_blended(net, near, question, progress))
@@ -242,11 +248,11 @@ def _counted(which: str, question: Question) -> list[Recipe]:
 JUDGED = 4e6  # cases x items judged in a second, by the network, by nine blends and by the best of them: on a slow core
 
 
-def _tried(recipe: Recipe, question: Question, vocab: Vocab | None, progress: Callable[[str, float | None], None] | None, **run: Any) -> Choice:
+def _tried(recipe: Recipe, question: Question, vocab: Vocab | None, progress: Progress | None, run: Mapping[str, Any] | None = None) -> Choice:
     "Fit a recipe and judge it."
     if progress: progress(f"fitting {recipe.model}", None)
     began = time.perf_counter()
-    parts = fit(recipe, question.known, asof=question.asof, seed=question.seed, vocab=vocab, times=question.times, **run)
+    parts = fit(recipe, question.known, asof=question.asof, seed=question.seed, vocab=vocab, times=question.times, **(run or {}))
     return _judged(recipe, parts, question, time.perf_counter() - began)
 
 
@@ -258,7 +264,7 @@ def _judged(recipe: Recipe, parts: dict[str, Model], question: Question, seconds
                                            "seconds": round(seconds, 2), "epochs": epochs}], epochs)
 
 
-def _blended(net: Choice, near: Choice, question: Question, progress: Callable[[str, float | None], None] | None) -> Choice:
+def _blended(net: Choice, near: Choice, question: Question, progress: Progress | None) -> Choice:
     "The network with the counts beside it, at the weight that is best on validation."
     if progress: progress("blending", None)
     began, both = time.perf_counter(), (net.parts["sequential"], near.parts["covisit"])
