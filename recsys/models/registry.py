@@ -138,8 +138,7 @@ class Mirror:
 
     def call(self, bundle_id: str, name: str) -> None:
         "Give a bundle an alias, which it takes from another. One that nobody registered is, without a run."
-        number = self.version(bundle_id) or register(self.registry, bundle_id, run=None, uri=self.uri)
-        self.client.set_registered_model_alias(NAME, name, number)
+        register(self.registry, bundle_id, run=None, alias=name, uri=self.uri)
 
 # %% ../../nbs/50_models/59_registry.ipynb #e943c87e
 def track(
@@ -173,14 +172,14 @@ def _points(run: Track) -> Iterator[tuple[str, float, int]]:
     yield from ((name.replace("@", "_at_"), float(value), math.ceil(epoch)) for name, curve in run.curves.items() for epoch, value in curve if math.isfinite(value))
 
 # %% ../../nbs/50_models/59_registry.ipynb #cc3c67d5
-def register(registry: str | Path, bundle_id: str, *, run: str | None, uri: str = "") -> str:
-    "Make a bundle a version with the alias `challenger`. One that is registered already keeps its number. Raises BundleError where there is no such bundle."
+def register(registry: str | Path, bundle_id: str, *, run: str | None, alias: str = CHALLENGER, uri: str = "") -> str:
+    "Make a bundle a version with an alias. One that is registered already keeps its number. Raises BundleError where there is no such bundle."
     mirror, found = Mirror(Path(registry), uri), bundle.manifest(Path(registry) / "bundles" / bundle_id)
     number = mirror.version(bundle_id)
     if number is None:
         tags = {"bundle": bundle_id, "model": str(found.about.get("model", ""))}
         number = str(mirror.client.create_model_version(NAME, found.path.absolute().as_uri(), run, tags=tags).version)
-    mirror.client.set_registered_model_alias(NAME, CHALLENGER, number)
+    mirror.client.set_registered_model_alias(NAME, alias, number)
     return number
 
 # %% ../../nbs/50_models/59_registry.ipynb #4c752b26
