@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recsys.models import covisit, popular, release
+from recsys.models import blend, covisit, popular, release, sequential
 from recsys.models.bundle import BundleError, promote
 from recsys.models.contract import Filled, best, fill, learnable, places
 from recsys.prep.sequences import Sequences, from_frame
@@ -23,9 +23,15 @@ ASOF = T0 + 30 * DAY
 def _filled(rows: pl.DataFrame, **kw) -> Filled: return Filled(covisit.fit(rows, **kw), popular.fit(rows, **kw))
 
 
+def _sequential(rows: pl.DataFrame, **kw) -> sequential.Sequential: return sequential.fit(rows, **SMALL, **kw)
+def _blend(rows: pl.DataFrame, **kw) -> blend.Blend: return blend.fit(rows, network=SMALL, **kw)
+
+
 FITS = {"popular": popular.fit, "popular with echo": partial(popular.fit, echo=0.5, half_life_share=0.3, window_days=20), "covisit": covisit.fit,
-        "covisit of sessions": partial(covisit.fit, repeats=True, half_life_share=0.5, backward=0.8), "covisit+popular": _filled}
-LOADS = {"popular": popular.load, "covisit": covisit.load}
+        "covisit of sessions": partial(covisit.fit, repeats=True, half_life_share=0.5, backward=0.8), "covisit+popular": _filled,
+        "sequential": _sequential, "blend": _blend}
+LOADS = {"popular": popular.load, "covisit": covisit.load, "sequential": sequential.load, "blend": blend.load}
+SMALL = {"dim": 16, "heads": 1, "length": 20, "epochs": 2, "dtype": "fp32"}
 
 
 def _rows(*, users: int = 120, items: int = 60, seed: int = 0) -> pl.DataFrame:
@@ -48,6 +54,9 @@ def fitted(request: pytest.FixtureRequest):
     "A model, and what fits it."
     fit = FITS[request.param]
     return fit(ROWS, asof=ASOF, seed=0, vocab=VOCAB), fit
+
+
+def _learns(model) -> bool: return model.name in ("sequential", "blend")  # a network's products of matrices depend in the last digits on what is asked beside
 
 
 def _same(a, b) -> bool:
@@ -125,6 +134,7 @@ def test_more_than_there_is(fitted) -> None:
 
 def test_repeats_in_a_history_change_nothing_but_the_latest_visit(fitted) -> None:
     model, _ = fitted
+    if _learns(model): pytest.skip("a network reads a history in its order, with what comes twice in it")
     once = [list(dict.fromkeys(row[::-1].tolist()))[::-1] for row in QUERIES]
     again = Sequences.from_lists([[*row, *row] for row in once])
     assert _same(model.recommend(again, k=9), model.recommend(Sequences.from_lists(once), k=9))
@@ -136,6 +146,10 @@ def test_one_is_the_batch_bit_for_bit(fitted) -> None:
     batch, scores = model.recommend(QUERIES, k=10, exclude=QUERIES, filters=filters), model.scores(QUERIES)
     for q in range(len(QUERIES)):
         one = model.recommend(QUERIES[q:q + 1], k=10, exclude=QUERIES[q:q + 1], filters=filters)
+        if _learns(model):
+            np.testing.assert_allclose(one.scores[0], batch.scores[q], rtol=1e-4)
+            np.testing.assert_allclose(model.scores(QUERIES[q:q + 1])[0], scores[q], rtol=1e-4)
+            continue
         assert one.items[0].tobytes() == batch.items[q].tobytes() and one.scores[0].tobytes() == batch.scores[q].tobytes()
         assert one.source[0].tobytes() == batch.source[q].tobytes()
         assert model.scores(QUERIES[q:q + 1])[0].tobytes() == scores[q].tobytes()
@@ -147,7 +161,7 @@ def test_the_same_rows_and_seed_give_the_same_model_in_any_order(fitted) -> None
         again = fit(ROWS.sample(fraction=1, shuffle=True, seed=shuffle), asof=ASOF, seed=0, vocab=VOCAB)
         assert again.scores(QUERIES).tobytes() == model.scores(QUERIES).tobytes()
     other = fit(ROWS, asof=ASOF, seed=1, vocab=VOCAB)  # another seed is another model, as good
-    assert np.corrcoef(other.scores(QUERIES)[:, 1:].ravel(), model.scores(QUERIES)[:, 1:].ravel())[0, 1] > 0.9
+    assert np.corrcoef(other.scores(QUERIES)[:, 1:].ravel(), model.scores(QUERIES)[:, 1:].ravel())[0, 1] > (0.6 if _learns(model) else 0.9)
 
 
 def test_nothing_at_or_after_asof_is_read(fitted) -> None:
@@ -170,7 +184,7 @@ def test_saved_and_loaded_is_equal(fitted, tmp_path: Path) -> None:
     assert loaded.name == model.name and loaded.scores(QUERIES).tobytes() == model.scores(QUERIES).tobytes()
     assert _same(loaded.recommend(QUERIES, k=20, exclude=QUERIES), model.recommend(QUERIES, k=20, exclude=QUERIES))
     with pytest.raises(ValueError, match="61 items|70|71"): LOADS[model.name](tmp_path / "deep" / "model", Vocab.build(CATALOGUE[:5]))
-    assert not any(b"pickle" in p.read_bytes() for p in (tmp_path / "deep" / "model").iterdir())
+    assert not any(b"pickle" in p.read_bytes() for p in (tmp_path / "deep" / "model").rglob("*") if p.is_file())
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -184,11 +198,12 @@ def test_wrong_arguments_are_named(fitted, change: dict, said: str) -> None:
 
 
 def test_wrong_rows_are_named(fitted) -> None:
-    _, fit = fitted
+    model, fit = fitted
     with pytest.raises(ValueError, match="no column ts"): fit(ROWS.drop("ts"), asof=ASOF)
     empty = fit(ROWS.head(0), asof=ASOF, vocab=VOCAB)
     assert empty.scores(QUERIES).shape == (len(QUERIES), len(VOCAB))
-    with pytest.raises(ValueError, match="half_life_days = -1"): fit(ROWS, asof=ASOF, half_life_days=-1)
+    if not _learns(model):
+        with pytest.raises(ValueError, match="half_life_days = -1"): fit(ROWS, asof=ASOF, half_life_days=-1)
     holes = pl.concat([ROWS, ROWS.head(9).with_columns(item_id=pl.lit(None, pl.String)), ROWS.head(9).with_columns(ts=pl.lit(None, pl.Int64))])
     assert fit(holes, asof=ASOF, vocab=VOCAB).scores(QUERIES).tobytes() == fit(ROWS, asof=ASOF, vocab=VOCAB).scores(QUERIES).tobytes()
 
