@@ -360,7 +360,7 @@ def _validated(run: _Run, validate: Callable[[], float]) -> None:
     run.pace.pause(time.perf_counter() - began)
 
 # %% ../../nbs/40_training/47_trainer.ipynb #3f1609d4
-_ELSEWHERE = {"minutes", "device", "dtype", "compile", "checkpoint_seconds"}  # may differ when a training goes on; it has the minutes that it began with
+_ELSEWHERE = {"minutes", "device", "dtype", "compile", "checkpoint_seconds"}  # may differ when a training goes on
 
 
 def _write(run: _Run) -> None:
@@ -382,6 +382,7 @@ def _resume(run: _Run) -> None:
         raise TrainingError(f"{found.path}: was trained with {other[0]} = {found.state['options'].get(other[0])!r}, not {plain[other[0]]!r}; take an empty folder, or the same options")
     unpack(run.weights, found.tensors)
     run.tally, run.pace = Tally(**found.state["tally"]), Pace(**found.state["pace"])
+    if run.options.minutes and run.pace.seconds: run.pace.seconds = min(run.pace.seconds, run.tally.seconds + 60 * run.options.minutes)  # less, where time was lost
     if run.options.dtype == "auto": run.dtype = getattr(torch, found.state["dtype"])
     if run.here.leads: logger("training").info("resumed", step=run.tally.step, epoch=run.pace.at, world=run.here.world, was=found.state["world"])
 
