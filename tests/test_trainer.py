@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from torch import nn
@@ -117,8 +118,11 @@ def test_the_minutes_are_kept(tmp_path: Path):
 
 
 def test_data_are_a_small_part_of_a_step():
-    "Of a step of 10 ms; a task that copies rows one by one is the worst case."
-    assert fitted(epochs=1).data_share < 0.05
+    "Of the real network's, in batches of its usual size."
+    from recsys.models import sequential
+    rows = [(f"u{u}", f"i{(u + d * n) % 200:03}", "view", n) for u in range(400) for d in (1 + u % 3,) for n in range(60)]
+    model = sequential.fit(pl.DataFrame(rows, schema=["user_id", "item_id", "type", "ts"], orient="row"), asof=1000, epochs=1, dim=64, device="cpu", dtype="fp32")
+    assert model.training and model.training.steps >= 8 and model.training.data_share < 0.05
 
 
 def test_a_finished_training_does_not_begin_again(tmp_path: Path):
