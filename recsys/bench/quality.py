@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'COMMAND', 'Task', 'training_file', 'cases', 'prefixes', 'command', 'judged', 'one', 'record', 'keep', 'kept',
-           'data_folder', 'lines', 'Frequency', 'progress_of', 'quality']
+           'data_folder', 'lines', 'Frequency', 'invoices', 'shop_models', 'baskets', 'quality']
 
 # %% ../../nbs/80_bench/83_quality.ipynb #8cbf5b7f
 import json
@@ -20,14 +20,16 @@ import polars as pl
 
 from .harness import BenchError, Run, environment, machine, measured
 from ..models import bundle, recipes, release
+from ..models.blend import Blend
 from ..models.contract import Model
 from ..models.registry import code_hash
 from ..prep.sequences import Sequences
 from ..prep.vocab import Vocab
-from ..schema import USER_ID
+from ..schema import ITEM_ID, TS, TS_IS_ORDER, TYPE, USER_ID
 from ..training import protocols
 from ..training.evaluate import Evaluation, evaluate
-from ..training.splits import Cases, before_last, leave_one_out, popularity
+from ..training.splits import Cases, before_last, leave_one_out, popularity, time_split
+from ..training.splits import cases as cases_of
 
 # %% ../../nbs/80_bench/83_quality.ipynb #b4067ad5
 @dataclass(frozen=True)
@@ -208,11 +210,36 @@ class Frequency:
         return out
 
 # %% ../../nbs/80_bench/83_quality.ipynb #7bdfc314
-def progress_of(progress: Callable[[str, float | None], None] | None, what: str) -> Callable[[float], None] | None:
-    "A function of the share that is done, for one thing."
-    return (lambda share: progress(what, share)) if progress else None
+def invoices(data: Path) -> pl.DataFrame:
+    "Purchases of known customers as interactions; an invoice has no number of its own, so its moment stands for it."
+    file = data / "online-retail/online_retail.parquet"
+    if not file.is_file(): raise BenchError(f"{file}: not there; say where the data are: RECSYS_DATA=FOLDER")
+    rows = pl.read_parquet(file).filter((pl.col("Quantity") > 0) & pl.col("CustomerID").is_not_null() & pl.col("Description").is_not_null())
+    return rows.select(pl.col("CustomerID").cast(pl.Int64).cast(pl.String).alias(USER_ID), pl.col("Description").str.strip_chars().alias(ITEM_ID),
+                       pl.lit("purchase").alias(TYPE), pl.col("InvoiceDate").cast(pl.Datetime("ms")).dt.epoch("ms").alias(TS), pl.lit(False).alias(TS_IS_ORDER))
 
 
+def shop_models(rows: pl.DataFrame, asof: int) -> list[Any]:
+    "Popular items of late, each customer's own items, and what goes with the latest ones."
+    fitted = recipes.fit(recipes.candidates("covisit")[1], rows, asof=asof)
+    near, floor = fitted["covisit"], fitted["popular"]
+    return [floor, Frequency(near.vocab, popularity(rows.filter(pl.col(TS) < asof), near.vocab), asof), near]
+
+
+def baskets(data: Path, *, seed: int = 0, most: int = 4000) -> dict[str, Evaluation]:
+    "Online Retail, the next basket in the last tenth of the time: three baselines, and their blend with weights chosen on at most `most` validation cases."
+    rows, found, best = invoices(data), dict[str, Evaluation](), (0.0, 0.0)
+    split = time_split(rows, holdout=0.1)
+    for part in ("validation", "test"):
+        parts = shop_models(rows, split.window(part)[0])  # type: ignore[arg-type]
+        asked = cases_of(rows, split, part, parts[0].vocab, target="basket", history=1000, most=most if part == "validation" else None, seed=seed)  # type: ignore[arg-type]
+        def judge(model: Any, asked: Cases = asked) -> Evaluation: return evaluate(model, asked, k=10, seed=seed, hide_seen=False)
+        def mixed(a: float, b: float, parts: Sequence[Any] = tuple(parts)) -> Blend: return Blend(tuple(parts), (1.0, a, b), (1e-4, 1e-3, 1e-3))
+        if part == "validation": best = max(((a, b) for a in (0.5, 1.0, 2.0) for b in (0.25, 0.5, 1.0)), key=lambda w: judge(mixed(*w)).intervals["recall@10"].mean)
+        else: found = {m.name: judge(m) for m in parts} | {f"blend {best}": judge(mixed(*best))}
+    return found
+
+# %% ../../nbs/80_bench/83_quality.ipynb #530a7672
 def quality(
     names: Sequence[str],
     *,
