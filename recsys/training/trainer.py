@@ -405,7 +405,7 @@ def train(
         _resume(run)
         if here.world > 1:
             run.forward = DistributedDataParallel(run.forward, device_ids=[here.device.index] if here.device.type == "cuda" else None,
-                                                  broadcast_buffers=False, gradient_as_bucket_view=True)
+                                                  forward_sync_buffers=False, gradient_as_bucket_view=True)
         while not (run.over and run.tally.step and not run.tally.batch): _epoch(run)
         return _finish(run)
 
