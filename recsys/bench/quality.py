@@ -231,8 +231,8 @@ def baskets(data: Path, *, seed: int = 0, most: int = 4000) -> dict[str, Evaluat
     rows, found, best = invoices(data), dict[str, Evaluation](), (0.0, 0.0)
     split = time_split(rows, holdout=0.1)
     for part in ("validation", "test"):
-        parts = shop_models(rows, split.window(part)[0])  # type: ignore[arg-type]
-        asked = cases_of(rows, split, part, parts[0].vocab, target="basket", history=1000, most=most if part == "validation" else None, seed=seed)  # type: ignore[arg-type]
+        parts = shop_models(rows, split.window(part)[0])
+        asked = cases_of(rows, split, part, parts[0].vocab, target="basket", history=1000, most=most if part == "validation" else None, seed=seed)
         def judge(model: Any, asked: Cases = asked) -> Evaluation: return evaluate(model, asked, k=10, seed=seed, hide_seen=False)
         def mixed(a: float, b: float, parts: Sequence[Any] = tuple(parts)) -> Blend: return Blend(tuple(parts), (1.0, a, b), (1e-4, 1e-3, 1e-3))
         if part == "validation": best = max(((a, b) for a in (0.5, 1.0, 2.0) for b in (0.25, 0.5, 1.0)), key=lambda w: judge(mixed(*w)).intervals["recall@10"].mean)
