@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from . import fit_cli, train_cli
 from .bench_cli import bench_app
 from .console import HomeOption, JsonOption, bar, opened, said, table, tell, when
 
@@ -40,6 +41,8 @@ app.add_typer(models_app, name="models", help="Which models there are, and which
 app.add_typer(lake_app, name="lake", help="What the lake holds.")
 app.add_typer(keys_app, name="keys", help="API keys.")
 app.add_typer(bench_app, name="bench", help="What it costs, beside its peers; in a checkout.")
+fit_cli.mount(app)
+train_cli.mount(app)
 
 # %% ../nbs/90_cli/99_cli.ipynb #1d602334
 @app.command(epilog="Example: recsys up --demo --port 8000")
