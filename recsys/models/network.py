@@ -160,9 +160,10 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, table: Tensor, prior: Tensor, targets: Tensor, dtype: torch.dtype, cells: int) -> Tensor:
-        H, W, b = states.to(dtype), table.to(dtype), prior.to(dtype)
-        dH, dW, loss = torch.empty_like(H), torch.zeros(table.shape, device=table.device), torch.zeros((), device=states.device)
-        step = max(64, cells // len(W))
+        more = -len(table) % 16  # 3417 rows: 35 GFLOP/s, 3424: 54
+        H, W, b = states.to(dtype), F.pad(table.to(dtype), (0, 0, 0, more)), F.pad(prior.to(dtype), (0, more), value=-1e4)
+        dH, dW, loss = torch.empty_like(H), torch.zeros(W.shape, device=table.device), torch.zeros((), device=states.device)
+        step = max(128, cells // len(W))
         room = torch.empty(min(step, len(H)), len(W), dtype=dtype, device=H.device)
         for i in range(0, len(H), step):
             h, t = H[i:i + step], targets[i:i + step, None]
@@ -174,7 +175,7 @@ class _Softmax(torch.autograd.Function):
             torch.mm(p, W, out=dH[i:i + step])
             if dtype == torch.float32: dW.addmm_(p.t(), h)
             else: dW += p.t() @ h
-        ctx.save_for_backward(dH, dW)
+        ctx.save_for_backward(dH, dW[:len(table)])
         ctx.dtype = states.dtype
         return loss
 
@@ -184,7 +185,7 @@ class _Softmax(torch.autograd.Function):
         return (dH * grads[0]).to(ctx.dtype), dW * grads[0], None, None, None, None
 
 
-def full_softmax(states: Tensor, table: Tensor, prior: Tensor, targets: Tensor, *, dtype: torch.dtype = torch.float32, cells: int = 1 << 19) -> Tensor:
+def full_softmax(states: Tensor, table: Tensor, prior: Tensor, targets: Tensor, *, dtype: torch.dtype = torch.float32, cells: int = 1 << 21) -> Tensor:
     "Summed cross-entropy of states [N, D] over all items: table [n, D], prior [n] added to the logits, targets int64 [N]. At most `cells` logits at a time."
     return _Softmax.apply(states, table, prior, targets, dtype, cells)
 
