@@ -117,7 +117,7 @@ class _Tables:
         if frame.is_empty(): return target.version()
         properties = CommitProperties(app_transactions=[Transaction(*mark)]) if mark else None
         with _named(path):
-            write_deltalake(target, frame, mode="append", commit_properties=properties, writer_properties=WRITER)
+            write_deltalake(target, frame, mode="append", schema_mode="merge", commit_properties=properties, writer_properties=WRITER)
             _sync(path, target.version())
         return target.version()
 
@@ -135,7 +135,9 @@ class _Reading(_Tables):
         is not there. Files of versions older than `compact`'s `keep_days` may be gone."""
         target = self._as_of(table, version, at)
         if target is None: return pl.LazyFrame(schema=dict(schema_of(table)))
-        with _named(self._path(table)): return pl.scan_delta(target, storage_options=self._options).select(list(schema_of(table)))
+        with _named(self._path(table)): found = pl.scan_delta(target, storage_options=self._options)
+        there = found.collect_schema()  # a table made before a column was thought of has nulls there
+        return found.select(pl.col(c) if c in there else pl.lit(None, dtype=d).alias(c) for c, d in schema_of(table).items())
 
     def dataset(self, table: str, *, version: int | None = None) -> ds.Dataset:
         "The same as an Arrow dataset, for DuckDB and Feast."

@@ -16,7 +16,7 @@ import polars as pl
 from ..lake.eventlog import EventLog, EventLogError
 from ..lake.records import Stream
 from ..lake.tables import Lake, LakeConflict, LakeError, schema_of
-from ..schema import KNOWN_TS, TS
+from ..schema import KNOWN_TS, SEQ, TS
 from ..telemetry import counter, gauge, logger
 
 # %% ../../nbs/70_ops/72_writer.ipynb #15f5d136
@@ -43,7 +43,8 @@ def move(log: EventLog, lake: Lake, stream: Stream, *, batch_rows: int = 10_000)
     if not rows:
         if after > (last := log.last(stream)): raise EventLogError(RESTORED.format(stream=stream, after=after, last=last))
         return 0, after
-    frame = pl.DataFrame([row for _, row in rows], schema=dict(schema_of(stream)))
+    placed = [{**row, SEQ: seq} for seq, row in rows] if stream == "events" else [row for _, row in rows]
+    frame = pl.DataFrame(placed, schema=dict(schema_of(stream)))
     lake.append(stream, frame, mark=(mark_name(log, stream), rows[-1][0]), follows=after)
     return len(rows), rows[-1][0]
 
@@ -91,6 +92,7 @@ class Writer:
         self._keep_ms, self._quarantine_ms = int(keep_days * 86_400_000), int(quarantine_days * 86_400_000)
         self._commits: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
         self._after: dict[Stream, int] = dict.fromkeys(STREAMS, -1)  # where the lake was last seen
+        self._last: dict[Stream, int] = dict.fromkeys(STREAMS, -1)  # where the log was when nothing was left to move
         self._tended = 0
 
     def step(self) -> Moved:
@@ -101,12 +103,12 @@ class Writer:
         return Moved(events, impressions)
 
     def _move(self, stream: Stream) -> int:
-        if self._log.last(stream) == self._after[stream]: count = 0  # nothing new: the lake is not even asked
+        if (last := self._log.last(stream)) == self._last[stream]: count = 0  # nothing new: the lake is not even asked
         else:
             try:
                 count, after = move(self._log, self._lake, stream, batch_rows=self._batch_rows)
                 if stream == "events" and count: self._log.pack(after=max(0, self._after[stream]), upto=after)
-                self._after[stream] = after
+                self._after[stream], self._last[stream] = after, after if count else last
             finally: self._gauges.measure(self._log, stream, after=self._after[stream], now=self._clock())
         if count:
             self._gauges.moved.labels(stream).inc(count)
