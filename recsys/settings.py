@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Port', 'Share', 'NOT_SETTINGS', 'Platform', 'Events', 'EventLog', 'Lake', 'Ingest', 'Writer', 'Prep',
-           'Training', 'Gate', 'Policy', 'Gateway', 'Dashboard', 'Traffic', 'Flow', 'Settings', 'root', 'SettingsError',
-           'load', 'types_of', 'Home']
+           'Features', 'Training', 'Gate', 'Policy', 'Gateway', 'Dashboard', 'Traffic', 'Flow', 'Settings', 'root',
+           'SettingsError', 'load', 'types_of', 'Home']
 
 # %% ../nbs/00_core/02_settings.ipynb #d4c1bcf9
 import configparser
@@ -68,6 +68,11 @@ class Prep:
 
 
 @dataclass(frozen=True)
+class Features:
+    online: Annotated[str, Meta(pattern=r"^(sqlite|rediss?://([^\s/@:]+@)?[^\s/@:]+(:\d+)?(/\d+)?(\?ca=[^\s&]+)?)$")]
+
+
+@dataclass(frozen=True)
 class Training:
     model: Literal["popular", "covisit", "best"]
     holdout: Annotated[float, Meta(gt=0, lt=0.5)]
@@ -127,6 +132,7 @@ class Settings:
     ingest: Ingest
     writer: Writer
     prep: Prep
+    features: Features
     training: Training
     gate: Gate
     policy: Policy
@@ -222,6 +228,8 @@ class Home:
     @property
     def lake(self) -> Path: return self.path / "lake"
     @property
+    def features(self) -> Path: return self.path / "features"
+    @property
     def registry(self) -> Path: return self.path / "registry"
     @property
     def keys(self) -> Path: return self.path / "keys"
@@ -238,6 +246,7 @@ class Home:
     def open(cls, path: str | Path) -> "Home":
         "Make the home and its folders, mode 0700."
         home = cls(Path(path).expanduser().resolve())
-        for folder in (home.path, home.eventlog, home.lake, home.registry, home.keys, home.audit, home.logs, home.run, home.work):
+        for folder in (home.path, home.eventlog, home.lake, home.features, home.registry, home.keys, home.audit, home.logs,
+                       home.run, home.work):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return home
