@@ -98,6 +98,7 @@ def _single(value: Any) -> float | None:
 
 
 def _user_expected(service: Service, row: Row | None, now: int) -> Row:
+    if row is not None and not USER_WINDOWS.fresh(now, row[TS]): row = None
     return _shown(USER_WINDOWS, row, now, [f.name for f in service.features(keys=(USER_ID,))])
 
 # %% ../../nbs/30_features/35_parity.ipynb #06db9e58
@@ -187,11 +188,11 @@ def _behind(events: pl.LazyFrame, users: Sequence[str], oldest: int) -> dict[str
     return {user: (np.array(known), np.array(places)) for user, known, places in grouped.iter_rows()}
 
 
-def _due(arrived: tuple[np.ndarray, np.ndarray] | None, by: int) -> int:
-    "The greatest place among events known by a time; 0 for none."
+def _due(arrived: tuple[np.ndarray, np.ndarray] | None, by: int, *, oldest: int) -> int:
+    "The greatest place among events known by a time; 0 for none, or where the last of them is older than `oldest`."
     if arrived is None: return 0
     n = int(np.searchsorted(arrived[0], by, side="right"))
-    return int(arrived[1][n - 1]) if n else 0
+    return int(arrived[1][n - 1]) if n and arrived[0][n - 1] >= oldest else 0
 
 # %% ../../nbs/30_features/35_parity.ipynb #c6f545c8
 class Scannable(Protocol):
@@ -255,7 +256,7 @@ def _check_users(served: Sequence[_Served], events: pl.LazyFrame, count: _Count,
     for s, user, row, mark in ours:
         about = (s.id, user, f"event {mark}")
         expected = _user_expected(s.service, rows.get((user, mark)), s.now)
-        due = _due(arrived.get(user), s.now - lag_ms)
+        due = _due(arrived.get(user), s.now - lag_ms, oldest=s.now - ttl)
         if due > mark: expected[USER_SEQ] = f"{due} or later"
         count.check(row, expected, about=about)
 
