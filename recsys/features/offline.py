@@ -9,7 +9,6 @@ __all__ = ['categories', 'view_rows', 'Built', 'build', 'erase', 'training_frame
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,12 +16,12 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from .definitions import CATALOGUE, EVENT_TIMESTAMP, TABLES, VIEWS, Service, View, age_ms
+from .definitions import CATALOGUE, EVENT_TIMESTAMP, VIEWS, Service, View, age_ms
 from ..lake.tables import Lake, equals
 from ..prep.backend import Engine, collect, partition
 from ..prep.clean import clean, latest_items, require_times
 from ..prep.windows import known_windows
-from ..schema import CATEGORY, EVENT_ID, EVENTS, ITEM_ID, ITEMS, KNOWN_TS, PRICE, QUANTITY, SEQ, TS, TYPE, USER_ID, USER_SEQ
+from ..schema import CATEGORY, EVENT_ID, ITEM_ID, ITEMS, KNOWN_TS, PRICE, QUANTITY, SEQ, TS, TYPE, USER_ID, USER_SEQ
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -80,7 +79,7 @@ def _since(view: View, lake: Lake, offline: Lake, marks: dict[str, int]) -> int 
     old = {name: offline.mark(view.name, name) for name in marks}
     if old == marks: return None
     if any(old[name] != marks[name] for name in marks if name != "events") or old["events"] in (None, -1): return 0
-    return lake.least_added("events", KNOWN_TS, since=old["events"])  # type: ignore[arg-type]
+    return lake.least_added("events", KNOWN_TS, since=old["events"])
 
 # %% ../../nbs/30_features/32_offline.ipynb #b191030c
 _N = "__n"
