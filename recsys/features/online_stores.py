@@ -109,7 +109,7 @@ class UnsafeAddress(ValueError):
 
 
 def checked_address(
-    url: str,  # redis://host:port/db, or rediss://name:password@host:port/db?ssl_ca_certs=FILE
+    url: str,  # redis://host:port/db, or rediss://name:password@host:port/db?ca=FILE
 ) -> str:
     "The URL. Raises UnsafeAddress where values of shoppers would travel in the clear, or ValueError for another kind of address."
     parts = urlsplit(url)
@@ -156,7 +156,7 @@ class LatestRedisOnlineStore(RedisOnlineStore):
 
 def client_of(url: str, *, timeout_s: float = 1.0) -> redis.Redis:
     "A connection that gives up once. Raises UnsafeAddress."
-    return redis.Redis.from_url(checked_address(url), socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0))
+    return redis.Redis.from_url(checked_address(url).replace("?ca=", "?ssl_ca_certs="), socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0))
 
 
 def _proto(when: datetime) -> bytes:
