@@ -116,7 +116,7 @@ def test_an_honest_server_is_never_reported(world: Shop):
     found = world.check()
     assert found.ok and found.impressions == 8 and not found.skipped and not found.examples
     assert found.compared == 8 * (7 + 1 + 3 * (6 + 2)) == sum(n for n, _ in found.features.values())
-    assert json.loads(json.dumps(found.json()))["mismatches"] == 0
+    assert json.loads(json.dumps(found.json))["mismatches"] == 0
 
 
 def test_a_closed_side_error(world: Shop):

@@ -20,7 +20,7 @@ from .definitions import CATALOGUE, ITEM_CATALOGUE, ITEM_WINDOWS, SERVICES, USER
 from .items import Layout, Rows, Version
 from ..prep.clean import clean
 from ..prep.windows import known_windows
-from ..schema import EVENT_ID, FEATURES, ITEM_ID, ITEMS_VERSION, KNOWN_TS, RECOMMENDATION_ID, SEQ, TS, USER_ID, USER_SEQ
+from ..schema import EVENT_ID, FEATURES, ITEM_ID, ITEMS, ITEMS_VERSION, KNOWN_TS, RECOMMENDATION_ID, SEQ, TS, USER_ID, USER_SEQ
 
 # %% ../../nbs/30_features/35_parity.ipynb #b0ed91d7
 def numeric(service: Service) -> dict[str, View]:
@@ -79,7 +79,8 @@ def item_rows(events: pl.LazyFrame, version: Version, item_ids: Sequence[str]) -
 
 def catalogue_rows(items: pl.LazyFrame, item_ids: Sequence[str]) -> dict[str, list[Row]]:
     "All rows of `item_catalogue` of each item, in order of time."
-    mine = items.filter(pl.col(ITEM_ID).is_in(list(item_ids))).sort(TS, maintain_order=True)
+    mine = items.filter(pl.col(ITEM_ID).is_in(list(item_ids)) & pl.col(TS).is_not_null()).sort(TS, *(c for c in ITEMS if c not in (TS, ITEM_ID)))  # ties go as in `latest_items`
+    mine = mine.unique([ITEM_ID, TS], keep="last", maintain_order=True)
     out: dict[str, list[Row]] = {}
     for row in mine.select(ITEM_ID, TS, *(pl.col(c).alias(name) for name, c in CATALOGUE.items())).collect().iter_rows(named=True): out.setdefault(row[ITEM_ID], []).append(row)
     return out
@@ -137,6 +138,7 @@ class Parity:
     @property
     def rates(self) -> dict[str, float]: return {name: wrong / n for name, (n, wrong) in self.features.items()}
 
+    @property
     def json(self) -> dict[str, Any]:
         "Ready for JSON."
         return {"compared": self.compared, "mismatches": self.mismatches, "impressions": self.impressions, "late": self.late, "skipped": self.skipped,
