@@ -148,8 +148,8 @@ class _Followed:
             line[user] = min(since, line.get(user, since))
 
     def _known(self, events: pl.DataFrame) -> pl.DataFrame:
-        "Clean events with their category."
-        return clean(events.lazy()).join(self._paths.lazy(), on=ITEM_ID, how="left").select(self._memory.events.columns).collect()
+        "Clean events with their category; those that hold only an order have no place in a window."
+        return clean(events.lazy()).filter(~pl.col(TS_IS_ORDER)).join(self._paths.lazy(), on=ITEM_ID, how="left").select(self._memory.events.columns).collect()
 
     def _catalogue(self) -> None:
         "Read the catalogue anew; events that came before get its categories, too."
