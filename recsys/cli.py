@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import typer
 
 from .console import HomeOption, JsonOption, bar, opened, said, table, tell, when
+from .features_cli import features_app
 from .settings import root
 
 # %% ../nbs/90_cli/99_cli.ipynb #3eccc16f
@@ -37,6 +38,7 @@ def version(show: Annotated[bool, typer.Option("--version", is_eager=True, help=
 
 app.add_typer(flow_app, name="flow", help="Run and inspect the notebook pipelines.")
 app.add_typer(models_app, name="models", help="Which models there are, and which one answers.")
+app.add_typer(features_app, name="features", help="What models read: definitions, freshness, and proof that training and serving agree.")
 app.add_typer(lake_app, name="lake", help="What the lake holds.")
 app.add_typer(keys_app, name="keys", help="API keys.")
 app.add_typer(bench_app, name="bench", help="What it costs, beside its peers; in a checkout.")

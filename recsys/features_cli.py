@@ -42,11 +42,11 @@ def features_apply(home: HomeOption = None, json: JsonOption = False) -> None:
     "Bring the registry to the definitions of this release. Safe to repeat; running processes read it when they start again."
     with said(json):
         from recsys.features.definitions import VIEWS
-        from recsys.features.store import applied, apply, open_store, turn
+        from recsys.features.store import apply, open_store, registered, turn
         place, loaded = opened(home)
         store = open_store(place, loaded)
         with turn(place, "apply"): apply(store, place)
-        now = applied(store)
+        now = registered(place)
     tell({"definitions": now, "views": list(VIEWS)}, json=json, text=f"applied definitions {now}: {', '.join(VIEWS)}")
 
 

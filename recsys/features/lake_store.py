@@ -37,7 +37,7 @@ class LakeOfflineStoreConfig(DuckDBOfflineStoreConfig):
     root: StrictStr = Field(default_factory=_root)  # of the offline lake
 
 
-def _read(root: str, source: DataSource, repo_path: str) -> Table:
+def _read(root: str, source: Any, repo_path: str) -> Table:
     "A table of the offline lake with Feast's two times. Deltalake is imported here: a gateway reads online only."
     from recsys.lake.tables import Lake
     table = ibis.memtable(Lake(root, tables=TABLES).dataset(source.path))
@@ -45,7 +45,7 @@ def _read(root: str, source: DataSource, repo_path: str) -> Table:
     return table.mutate(**{EVENT_TIMESTAMP: at, CREATED: at}).drop(TS)
 
 
-def _write(table: Table, source: DataSource, repo_path: str, *_: Any) -> None:
+def _write(table: Table, source: Any, repo_path: str, *_: Any) -> None:
     raise NotImplementedError("saved data sets are not kept by Feast here: write the frame of recsys.features.offline.training_frame where you want it")
 
 # %% ../../nbs/30_features/37_lake_store.ipynb #9b767301
@@ -89,5 +89,5 @@ class LakeOfflineStore(DuckDBOfflineStore):
         from recsys.lake.tables import Lake
         frame = pl.DataFrame(table).drop(CREATED, strict=False).with_columns(pl.col(EVENT_TIMESTAMP).dt.epoch("ms").alias(TS)).drop(EVENT_TIMESTAMP)
         columns = TABLES[feature_view.name]
-        Lake(config.offline_store.root, tables=TABLES).append(feature_view.name, frame.cast({c: d for c, d in columns.items() if c in frame.columns}))  # type: ignore[arg-type]
+        Lake(config.offline_store.root, tables=TABLES).append(feature_view.name, frame.cast({c: d for c, d in columns.items() if c in frame.columns}))
         if progress: progress(frame.height)

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PROJECT', 'REGISTRY', 'ONLINE', 'OFFLINE', 'ITEMS', 'NOTES', 'PASSWORD', 'STORES', 'feast', 'objects', 'StoreError',
-           'address', 'config', 'turn', 'recover', 'materializing', 'applied', 'apply', 'open_store', 'listed', 'shown']
+           'address', 'config', 'turn', 'recover', 'materializing', 'registered', 'apply', 'open_store', 'listed',
+           'shown']
 
 # %% ../../nbs/30_features/31_store.ipynb #67ffe271
 import fcntl
 import importlib
 import os
+import re
 import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -131,12 +133,22 @@ def materializing(store: "FeatureStore", home: Home) -> Iterator[None]:
         finally: recover(store)
 
 # %% ../../nbs/30_features/31_store.ipynb #ef4d5420
-def applied(store: "FeatureStore") -> str | None:
-    "The fingerprint of the definitions that the registry was made from; None when there is none."
-    errors = importlib.import_module("feast.errors")
-    with suppress(errors.ProjectObjectNotFoundException, errors.ProjectNotFoundException):
-        return dict(store.registry.get_project(PROJECT).tags).get(_DIGEST)
-    return None
+_TAG = re.compile(b"\x0a\x0b" + _DIGEST.encode() + b"\x12\x10([0-9a-f]{16})")  # an entry of the project's tags, as protobuf writes it
+
+
+def registered(home: Home) -> str | None:
+    """The fingerprint of the definitions that the registry was made from; None without a registry. Asks the file, not Feast, whose import takes seconds.
+    Raises StoreError for a file that is no registry."""
+    file = home.features / REGISTRY
+    if not file.exists(): return None
+    try:
+        with closing(sqlite3.connect(file, timeout=30)) as db:
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'projects'").fetchone(): return None
+            row = db.execute("SELECT project_proto FROM projects WHERE project_id = ?", (PROJECT,)).fetchone()
+    except sqlite3.DatabaseError as e:
+        raise StoreError(f"{file}: not a feature registry ({e}); move it away and run recsys features apply: no feature is lost") from e
+    found = _TAG.search(bytes(row[0])) if row else None
+    return found[1].decode() if found else None
 
 
 def apply(store: "FeatureStore", home: Home) -> None:
@@ -147,8 +159,7 @@ def apply(store: "FeatureStore", home: Home) -> None:
     store.apply(list(made.values()), objects_to_delete=[o for o in there if (type(o), o.name) not in named], partial=False)
     for file in (home.features / REGISTRY, home.features / ONLINE):
         if not file.exists(): continue  # Redis
-        with sqlite3.connect(file) as db: db.execute("PRAGMA journal_mode=WAL")  # readers never wait for a writer
-        db.close()
+        with closing(sqlite3.connect(file)) as db: db.execute("PRAGMA journal_mode=WAL")  # readers never wait for a writer
 
 # %% ../../nbs/30_features/31_store.ipynb #693f7d94
 def open_store(
@@ -159,31 +170,29 @@ def open_store(
 ) -> "FeatureStore":
     """Feast's store of a home. A writer makes the registry, or brings it to the definitions when they have changed, and frees views that a killed
     materialisation left. A reader of a home without a registry, or with one of other definitions, gets a StoreError that says what to run."""
-    file = home.features / REGISTRY
-    if not write and not file.exists(): raise StoreError(f"{file}: there is no feature registry yet: recsys features apply")
-    if not write: store = _opened(home, settings, reading=True)
+    if not write: _check(home)
     else:
         home.features.mkdir(parents=True, exist_ok=True, mode=0o700)
         with turn(home, "apply"):
-            store = _opened(home, settings, reading=False)
-            if applied(store) != digest() or not _has_online(home, settings): apply(store, home)
+            same = registered(home) == digest() and _has_online(home, settings)
+            store: FeatureStore = feast().FeatureStore(config=config(home, settings))
+            if not same: apply(store, home)
         with turn(home, "materialize", wait=False) as ours:
             if ours: recover(store)
-    if (have := applied(store)) != digest():
-        raise StoreError(f"{file}: made from other definitions ({have or 'none'}; this release has {digest()}): recsys features apply, then start again")
-    store.refresh_registry()
-    return store
+        _check(home)
+    opened: FeatureStore = feast().FeatureStore(config=config(home, settings, reading=True))
+    opened.refresh_registry()  # its cache holds what was applied, and never expires
+    return opened
+
+
+def _check(home: Home) -> None:
+    "Raises StoreError unless the registry was made from these definitions."
+    file, have = home.features / REGISTRY, registered(home)
+    if have is None: raise StoreError(f"{file}: there is no feature registry yet: recsys features apply")
+    if have != digest(): raise StoreError(f"{file}: made from other definitions ({have}; this release has {digest()}): recsys features apply, then start again")
 
 
 def _has_online(home: Home, settings: Settings) -> bool: return settings.features.online != "sqlite" or (home.features / ONLINE).exists()
-
-
-def _opened(home: Home, settings: Settings, *, reading: bool) -> "FeatureStore":
-    "The store, or what is wrong with its registry in words."
-    broken = importlib.import_module("sqlalchemy.exc").DatabaseError
-    try: return feast().FeatureStore(config=config(home, settings, reading=reading))
-    except broken as e:
-        raise StoreError(f"{home.features / REGISTRY}: not a feature registry ({e.orig}); move it away and run recsys features apply, nothing else is lost") from e
 
 # %% ../../nbs/30_features/31_store.ipynb #8a57f897
 def listed() -> list[dict[str, Any]]:
