@@ -103,7 +103,7 @@ def category_windows(events: pl.LazyFrame, *, spans: Mapping[str, int] = SPANS, 
     return on_grid(events, key=CATEGORY, spans=spans, grid_ms=grid_ms)
 
 # %% ../../nbs/20_prep/25_windows.ipynb #2c22db65
-_S, _LATE, _ROW = "__s", "__late", "__row"
+_S, _LATE, _ROW, _ENTITY = "__s", "__late", "__row", "__entity"
 
 
 def known_windows(
@@ -144,13 +144,15 @@ def _rolled(rows: pl.LazyFrame, *, keys: list[str], spans: Mapping[str, int], me
 
 def _added(rows: pl.LazyFrame, *, keys: list[str], spans: Mapping[str, int], measures: Sequence[str], ratios: Sequence[tuple[str, str]]) -> pl.LazyFrame:
     "Keys with late events."
+    first = pl.any_horizontal(pl.col(k) != pl.col(k).shift(1) for k in keys).fill_null(False)
     told = rows.group_by(*keys, TS).agg(*(pl.col(m).sum() for m in measures), pl.col(SEQ).max()).sort(*keys, TS)
-    plus = told.select(*keys, TS, pl.lit(True).alias(_ROW), *measures)
+    numbered = rows.sort(*keys).select(first.cast(pl.Int64).cum_sum().alias(_ENTITY), TS, _S, *measures)  # numbers sort faster than texts
+    plus = told.select(first.cast(pl.Int64).cum_sum().alias(_ENTITY), TS, pl.lit(True).alias(_ROW), *measures)
 
     def part(name: str, span: int) -> pl.LazyFrame:
         gone = pl.when(pl.col(_S) + span > pl.col(TS)).then(pl.col(_S) + span).otherwise(pl.col(TS))  # older than the span on arrival: at once
-        minus = rows.select(*keys, gone.alias(TS), pl.lit(False).alias(_ROW), *(-pl.col(m) for m in measures))
-        total = pl.concat([plus, minus]).sort(*keys, TS, _ROW).with_columns(pl.col(m).cum_sum() for m in measures)
+        minus = numbered.select(_ENTITY, gone.alias(TS), pl.lit(False).alias(_ROW), *(-pl.col(m) for m in measures))
+        total = pl.concat([plus, minus]).sort(_ENTITY, TS, _ROW).with_columns(pl.col(m).cum_sum() for m in measures)
         return total.filter(_ROW).select(_finished(_pattern(keys, name), measures, ratios))
     return pl.concat([told.select(*keys, TS), *(part(*s) for s in spans.items()), told.select(_seq(keys))], how="horizontal")
 
