@@ -69,7 +69,7 @@ class Prep:
 
 @dataclass(frozen=True)
 class Features:
-    online: Annotated[str, Meta(pattern=r"^(sqlite|rediss?://([^\s/@:]+@)?[^\s/@:]+(:\d+)?(/\d+)?(\?ca=[^\s&]+)?)$")]
+    online: Annotated[str, Meta(pattern=r"^(sqlite|rediss?://[^\s/]+\S*)$")]
 
 
 @dataclass(frozen=True)
