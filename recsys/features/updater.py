@@ -51,6 +51,15 @@ class _Memory:
 
     def of(self, users: pl.Series) -> pl.DataFrame: return self.events.filter(pl.col(USER_ID).is_in(users.implode()))
 
+    def unseen(self, events: pl.DataFrame, *, now: int) -> pl.DataFrame:
+        "Those that are not in memory, nor were there before and could be let go."
+        there = self.of(events[USER_ID].unique())
+        last = there.group_by(USER_ID, CATEGORY).agg(pl.col(KNOWN_TS).max().alias("last"))
+        new = events.join(there, on=EVENT_ID, how="anti").join(last, on=(USER_ID, CATEGORY), how="left", nulls_equal=True)
+        noted = pl.Series([self.places.get(u, 0) for u in new[USER_ID]], dtype=pl.Int64)
+        old = (_own() <= pl.col("last").fill_null(0) - SPAN_MS) | (pl.col(KNOWN_TS) <= now - TTL_MS)
+        return new.filter(~old | (pl.col(SEQ).fill_null(0) > noted)).drop("last")
+
     def prune(self, *, now: int) -> None:
         "Let go of what no row can need."
         last = pl.col(KNOWN_TS).max().over(USER_ID, CATEGORY)
@@ -134,8 +143,7 @@ class _Followed:
 
     def _take(self, events: pl.DataFrame) -> None:
         "New events into memory, and their shoppers into the line."
-        there = self._memory.of(events[USER_ID].unique())
-        new = self._known(events).join(there, on=EVENT_ID, how="anti")
+        new = self._memory.unseen(self._known(events), now=self._clock())
         self._memory.add(new)
         self._wait(new, self._fresh)
         if self._memory.events.n_chunks() > CHUNKS: self._memory.events = self._memory.events.rechunk()
