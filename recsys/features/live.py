@@ -53,7 +53,8 @@ class LiveFeatures:
 
     def __init__(self, home: Home, settings: Settings, *, service: Service = RETRIEVAL_V1, opener: Callable[..., "Reader"] = _open):
         self._home, self._settings, self._service, self._opener, self._layout = home, settings, service, opener, layout(service)
-        self._items, self._reader, self._again = LiveItems(home.features / ITEMS, service.name), None, 0.0
+        self._items, self._again = LiveItems(home.features / ITEMS, service.name), 0.0
+        self._reader: Reader | None = None
         self.why: str | None = None  # why shoppers' rows cannot be read, where they should be
 
     def refresh(self) -> None:
