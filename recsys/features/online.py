@@ -40,9 +40,9 @@ _SETTER = {pl.Int64(): "int64_val", pl.Float64(): "double_val", pl.String(): "st
 def _values(column: pl.Series) -> list[Value]:
     "One message a row; equal values share one, and an empty message is no value."
     setter, made = _SETTER[column.dtype], {None: Value()}
-    for value in column.unique().to_list():
+    for value in (column := column.fill_nan(None) if column.dtype == pl.Float64 else column).unique().to_list():
         if value is not None: made[value] = Value(**{setter: value})
-    return [made[value] for value in column.to_list()] if column.dtype != pl.Float64 else [made[v] if v == v else made[None] for v in column.to_list()]
+    return [made[value] for value in column.to_list()]
 
 
 def write_rows(store: FeatureStore, view: View, rows: pl.DataFrame) -> int:

@@ -79,17 +79,19 @@ class LatestSqliteOnlineStore(SqliteOnlineStore):
         "Rows in the order of the keys, from one snapshot: (time to the ms, values), or (None, None)."
         keys = [serialize_entity_key(k, config.entity_key_serialization_version) for k in entity_keys]
         names = requested_features or [f.name for f in table.features]
+        some = names if 2 * len(names) < len(table.features) else []  # most of a row is read sooner as a whole
         found: dict[bytes, tuple[int, dict[str, Value]]] = {}
-        sql = _SELECT.format(_table(config, table), ",".join("?" * len(keys)), ",".join("?" * len(names)))
-        for key, name, body, when in self._get_conn(config).execute(sql, (*keys, *names)):
+        sql, wanted = _SELECT.format(_table(config, table), ",".join("?" * len(keys))), frozenset(names)
+        if some: sql += f" AND feature_name IN ({','.join('?' * len(some))})"
+        for key, name, body, when in self._get_conn(config).execute(sql, (*keys, *some)):
             if key not in found: found[key] = (when, {})
-            found[key][1][name] = Value.FromString(body)
+            if name in wanted: found[key][1][name] = Value.FromString(body)
         return [(datetime.fromtimestamp(found[k][0] / 1000, UTC), found[k][1]) if k in found else (None, None) for k in keys]
 
 
 _UPSERT = """INSERT INTO {0}(entity_key, feature_name, value, event_ts, created_ts) VALUES (?, ?, ?, ?, ?) ON CONFLICT(entity_key, feature_name) DO UPDATE
              SET value = excluded.value, event_ts = excluded.event_ts, created_ts = excluded.created_ts WHERE excluded.created_ts >= coalesce({0}.created_ts, 0)"""
-_SELECT = "SELECT entity_key, feature_name, value, created_ts FROM {} WHERE entity_key IN ({}) AND feature_name IN ({})"
+_SELECT = "SELECT entity_key, feature_name, value, created_ts FROM {} WHERE entity_key IN ({})"
 
 
 def _table(config: RepoConfig, view: FeatureView) -> str:
@@ -98,10 +100,13 @@ def _table(config: RepoConfig, view: FeatureView) -> str:
 
 
 def _cells(rows: Sequence[Row], version: int) -> Iterator[tuple[bytes, str, bytes, int, int]]:
-    "One for each value of each row."
+    "One for each value of each row. Rows share messages of equal values, which are encoded once."
+    encoded: dict[int, bytes] = {}
     for entity, values, when, _ in rows:
         key, at = serialize_entity_key(entity, version), ms(when)
-        for name, value in values.items(): yield key, name, value.SerializeToString(), at // 1000, at
+        for name, value in values.items():
+            if (body := encoded.get(id(value))) is None: body = encoded[id(value)] = value.SerializeToString()
+            yield key, name, body, at // 1000, at
 
 # %% ../../nbs/30_features/36_online_stores.ipynb #9ca294f9
 class UnsafeAddress(ValueError):
