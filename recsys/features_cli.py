@@ -8,7 +8,6 @@ __all__ = ['features_app', 'features_list', 'features_show', 'features_apply', '
 
 # %% ../nbs/90_cli/93_features_cli.ipynb #e1bb4c44
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -62,13 +61,12 @@ def features_materialize(
         from recsys.features import offline
         from recsys.features.definitions import TABLES
         from recsys.features.online import materialize
-        from recsys.features.store import NOTES, OFFLINE, materializing, open_store
+        from recsys.features.store import OFFLINE, open_store, turn
         from recsys.lake.tables import Lake
         place, loaded = opened(home)
         store, tables = open_store(place, loaded), Lake(place.features / OFFLINE, tables=TABLES)
-        with materializing(store, place):
-            built = offline.build(Lake(place.lake), tables, whole=whole) if build else {}
-            done = materialize(store, tables.scan, place.features / NOTES, incremental=not whole)
+        with turn(place, "build"): built = offline.build(Lake(place.lake), tables, whole=whole) if build else {}
+        done = materialize(store, place, tables.scan, incremental=not whole)
     rows = [{"view": m.view, "table rows": tables.rows(m.view), "carried": m.rows, "up to": when(m.end), "seconds": m.seconds} for m in done]
     tell({"built": {k: asdict(b) for k, b in built.items()}, "materialized": [asdict(m) for m in done]}, json=json, text=table(rows, none="no views"))
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import ibis
 import pandas as pd
-import polars as pl
 import pyarrow as pa
 from feast import FeatureView, RepoConfig
 from feast.data_source import DataSource
@@ -85,9 +84,5 @@ class LakeOfflineStore(DuckDBOfflineStore):
 
     @staticmethod
     def offline_write_batch(config: RepoConfig, feature_view: FeatureView, table: pa.Table, progress: Callable[[int], Any] | None) -> None:
-        "Append rows that came by a push source. Raises ValueError for other columns than the view's table has."
-        from recsys.lake.tables import Lake
-        frame = pl.DataFrame(table).drop(CREATED, strict=False).with_columns(pl.col(EVENT_TIMESTAMP).dt.epoch("ms").alias(TS)).drop(EVENT_TIMESTAMP)
-        columns = TABLES[feature_view.name]
-        Lake(config.offline_store.root, tables=TABLES).append(feature_view.name, frame.cast({c: d for c, d in columns.items() if c in frame.columns}))
-        if progress: progress(frame.height)
+        "Always raises: a row that came otherwise than from the lake could not be computed again."
+        raise NotImplementedError(f"{feature_view.name}: offline tables are made from the lake alone (recsys features materialize); push to the online store")
