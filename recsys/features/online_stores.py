@@ -17,7 +17,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import redis
-from feast import FeatureView, RepoConfig
+from feast import Entity, FeatureView, RepoConfig
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.infra.online_stores.helpers import _mmh3, _redis_key, compute_table_id, compute_versioned_name
 from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig
@@ -61,6 +61,13 @@ class LatestSqliteOnlineStore(SqliteOnlineStore):
             self._local.connection, self._local.pid = connection, os.getpid()
         return self._local.connection
 
+    def update(self, config: RepoConfig, tables_to_delete: Sequence[FeatureView], tables_to_keep: Sequence[FeatureView], entities_to_delete: Sequence[Entity],
+               entities_to_keep: Sequence[Entity], partial: bool) -> None:
+        "Make and drop tables. A row's values lie side by side in one tree: Feast's own table and two indexes take twice as long to write."
+        for table in tables_to_keep: self._get_conn(config).execute(_CREATE.format(_table(config, table)))
+        super().update(config, tables_to_delete, tables_to_keep, entities_to_delete, entities_to_keep, partial)
+        for table in tables_to_keep: self._get_conn(config).execute(f"DROP INDEX IF EXISTS {_table(config, table)[:-1]}_ek\"")
+
     def online_write_batch(self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None) -> None:
         "Write rows that are not older than what is there."
         connection, sql = self._get_conn(config), _UPSERT.format(_table(config, table))
@@ -89,6 +96,8 @@ class LatestSqliteOnlineStore(SqliteOnlineStore):
         return [(datetime.fromtimestamp(found[k][0] / 1000, UTC), found[k][1]) if k in found else (None, None) for k in keys]
 
 
+_CREATE = """CREATE TABLE IF NOT EXISTS {}(entity_key BLOB, feature_name TEXT, value BLOB, value_text TEXT, vector_value BLOB, event_ts timestamp,
+             created_ts timestamp, PRIMARY KEY(entity_key, feature_name)) WITHOUT ROWID"""
 _UPSERT = """INSERT INTO {0}(entity_key, feature_name, value, event_ts, created_ts) VALUES (?, ?, ?, ?, ?) ON CONFLICT(entity_key, feature_name) DO UPDATE
              SET value = excluded.value, event_ts = excluded.event_ts, created_ts = excluded.created_ts WHERE excluded.created_ts >= coalesce({0}.created_ts, 0)"""
 _SELECT = "SELECT entity_key, feature_name, value, created_ts FROM {} WHERE entity_key IN ({})"
