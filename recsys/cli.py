@@ -21,6 +21,7 @@ import typer
 from . import fit_cli, train_cli
 from .bench_cli import bench_app
 from .console import HomeOption, JsonOption, bar, opened, said, table, tell, when
+from .features_cli import features_app
 
 # %% ../nbs/90_cli/99_cli.ipynb #3eccc16f
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -38,11 +39,10 @@ def version(show: Annotated[bool, typer.Option("--version", is_eager=True, help=
 
 app.add_typer(flow_app, name="flow", help="Run and inspect the notebook pipelines.")
 app.add_typer(models_app, name="models", help="Which models there are, and which one answers.")
+app.add_typer(features_app, name="features", help="What models read: definitions, freshness, and proof that training and serving agree.")
 app.add_typer(lake_app, name="lake", help="What the lake holds.")
 app.add_typer(keys_app, name="keys", help="API keys.")
 app.add_typer(bench_app, name="bench", help="What it costs, beside its peers; in a checkout.")
-fit_cli.mount(app)
-train_cli.mount(app)
 
 # %% ../nbs/90_cli/99_cli.ipynb #1d602334
 @app.command(epilog="Example: recsys up --demo --port 8000")
@@ -120,6 +120,10 @@ def receipt(recommendation_id: str, home: HomeOption = None, json: JsonOption = 
         place, _ = opened(home)
         found = receipts.receipt(recommendation_id, home=place)
     tell(found, json=json, text=receipts.told(found))
+
+# %% ../nbs/90_cli/99_cli.ipynb #ca998105
+fit_cli.mount(app)
+train_cli.mount(app)
 
 # %% ../nbs/90_cli/99_cli.ipynb #796eb960
 @lake_app.command("list", epilog="Example: recsys lake list")

@@ -40,7 +40,8 @@ POSITIVE_TYPES = (VIEW, CART, PURCHASE, RATING)  # an interest in the item; remo
 EVENTS: dict[str, pl.DataType] = {
     EVENT_ID: pl.String(), USER_ID: pl.String(), SESSION_ID: pl.String(), ITEM_ID: pl.String(), TYPE: pl.String(),
     TS: pl.Int64(), KNOWN_TS: pl.Int64(), TS_IS_ORDER: pl.Boolean(), QUANTITY: pl.Int64(), PRICE: pl.Float64(),
-    CURRENCY: pl.String(), VALUE: pl.Float64(), RECOMMENDATION_ID: pl.String(), CONTEXT: pl.String()}
+    CURRENCY: pl.String(), VALUE: pl.Float64(), RECOMMENDATION_ID: pl.String(), CONTEXT: pl.String(),
+    SEQ: pl.Int64()}  # its place in the event log; null where it never was in one
 
 ITEMS: dict[str, pl.DataType] = {
     ITEM_ID: pl.String(), TITLE: pl.String(), CATEGORY: pl.String(), BRAND: pl.String(), PRICE: pl.Float64(),

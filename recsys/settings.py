@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Port', 'Share', 'NOT_SETTINGS', 'Platform', 'Events', 'EventLog', 'Lake', 'Ingest', 'Writer', 'Prep',
-           'Training', 'Gate', 'Policy', 'Gateway', 'Dashboard', 'Traffic', 'Flow', 'Settings', 'root', 'SettingsError',
-           'load', 'types_of', 'Home']
+           'Features', 'Training', 'Gate', 'Policy', 'Gateway', 'Dashboard', 'Traffic', 'Flow', 'Settings', 'root',
+           'SettingsError', 'load', 'types_of', 'Home']
 
 # %% ../nbs/00_core/02_settings.ipynb #d4c1bcf9
 import configparser
@@ -65,6 +65,11 @@ class Prep:
     engine: Literal["auto", "cpu", "gpu"]
     cluster: str
     session_gap_minutes: Count
+
+
+@dataclass(frozen=True)
+class Features:
+    online: Annotated[str, Meta(pattern=r"^(sqlite|rediss?://[^\s/]+\S*)$")]
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class Settings:
     ingest: Ingest
     writer: Writer
     prep: Prep
+    features: Features
     training: Training
     gate: Gate
     policy: Policy
@@ -228,6 +234,8 @@ class Home:
     @property
     def lake(self) -> Path: return self.path / "lake"
     @property
+    def features(self) -> Path: return self.path / "features"
+    @property
     def registry(self) -> Path: return self.path / "registry"
     @property
     def keys(self) -> Path: return self.path / "keys"
@@ -244,6 +252,7 @@ class Home:
     def open(cls, path: str | Path) -> "Home":
         "Make the home and its folders, mode 0700."
         home = cls(Path(path).expanduser().resolve())
-        for folder in (home.path, home.eventlog, home.lake, home.registry, home.keys, home.audit, home.logs, home.run, home.work):
+        for folder in (home.path, home.eventlog, home.lake, home.features, home.registry, home.keys, home.audit, home.logs,
+                       home.run, home.work):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return home

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from . import truth
 from .schema import (AVAILABLE_FROM, BRAND, CART, CATEGORY, CONTEXT, CURRENCY, DISMISS, EVENT_ID, EVENT_TYPES, EVENTS, IN_STOCK, ITEM_ID,
-                           ITEMS, KNOWN_TS, PRICE, PURCHASE, QUANTITY, RATING, RECOMMENDATION_ID, REMOVE, SEARCH, SESSION_ID, TITLE, TS, TS_IS_ORDER, TYPE, USER_ID,
-                           VALUE, VIEW)
+                           ITEMS, KNOWN_TS, PRICE, PURCHASE, QUANTITY, RATING, RECOMMENDATION_ID, REMOVE, SEARCH, SEQ, SESSION_ID, TITLE, TS, TS_IS_ORDER, TYPE,
+                           USER_ID, VALUE, VIEW)
 from .synth import DAY, HOUR, MINUTE, T0
 from .truth import ADJECTIVES, BRANDS, CATEGORIES, CATEGORY_PART, OWN_PART, Floats, Ints, Size, Truth
 
@@ -173,7 +173,7 @@ def _frame(world: Truth, day: int, events: Columns) -> pl.DataFrame:
         _ids("item", c[ITEM_ID]).alias(ITEM_ID), pl.Series(TYPE, EVENT_TYPES).gather(c[TYPE]), TS, pl.col(TS).alias(KNOWN_TS),
         pl.lit(False).alias(TS_IS_ORDER), pl.when(pl.col(QUANTITY) > 0).then(QUANTITY).alias(QUANTITY),
         pl.Series(PRICE, world.goods.price).gather(c[ITEM_ID]), pl.lit("EUR").alias(CURRENCY), pl.col(VALUE).fill_nan(None),
-        pl.lit(None, pl.String).alias(RECOMMENDATION_ID), pl.Series(CONTEXT, _DEVICES[world.shoppers.device[events[USER_ID]]]),
+        pl.lit(None, pl.String).alias(RECOMMENDATION_ID), pl.Series(CONTEXT, _DEVICES[world.shoppers.device[events[USER_ID]]]), pl.lit(None, pl.Int64).alias(SEQ),
     ).select(list(EVENTS))
 
 

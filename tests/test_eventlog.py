@@ -396,3 +396,12 @@ def test_a_history_of_200_events_is_read_quickly(tmp_path: Path):
     assert log.pack(after=0, upto=25_000) == 100
     packed = best("u7")
     assert packed < 0.0003 and packed < live
+
+
+def test_a_reserved_place_is_nobody_elses(tmp_path: Path):
+    logs = [SQLiteEventLog(tmp_path), SQLiteEventLog(tmp_path)]
+    places = [log.reserve() for _ in range(3) for log in logs]
+    assert places == list(range(1, 7)) and logs[0].last("events") == 6 and logs[0].read("events", after=0, limit=9) == []
+    events = [{"event_id": f"e{n}", "user_id": "u", "item_id": "i", "type": "view", "ts": 1, "known_ts": 1} for n in range(2)]
+    assert logs[1].append(events).last_seq == 8 and logs[0].reserve() == 9
+    assert [seq for seq, _ in logs[0].read("events", after=0, limit=9)] == [7, 8]

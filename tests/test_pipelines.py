@@ -29,8 +29,8 @@ def opened(folder: Path, events: pl.DataFrame, items: pl.DataFrame | None = None
 
 def retrain(home: Home, **params: str) -> dict[str, Any]:
     done = flows.run("retrain", params, home=home, settings=load(home=home.path), runs=home.path / "runs")
-    assert done.status == "done" and [s.status for s in done.steps] == ["done"] * 4 and done.data_version == Lake(home.lake).version("events")
-    return json.loads((Path(done.folder) / "04_publish.json").read_text())
+    assert done.status == "done" and [s.status for s in done.steps] == ["done"] * 5 and done.data_version == Lake(home.lake).version("events")
+    return json.loads((Path(done.folder) / "05_publish.json").read_text())
 
 
 def slate(home: Home, history: list[str]) -> list[str | None]:

@@ -176,6 +176,14 @@ class _Intake:
             last = self.last("events")
         return [Appended(n, len(rows) - n, last) for n, rows in zip(accepted, batches, strict=True)]
 
+    def reserve(self) -> int:
+        "A sequence that no event of the log will have, after all that have one: the place of what reaches the lake by another way."
+        with self._events.write() as connection:
+            number = self.last("events") + 1
+            if not connection.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'events'", (number,)).rowcount:
+                connection.execute("INSERT INTO sqlite_sequence(name, seq) VALUES ('events', ?)", (number,))
+        return number
+
     def record(self, impressions: Sequence[Mapping[str, Any]]) -> None:
         "Store impressions: they outlive this process, but the last of them not a power cut. Raises as `append`."
         self.commit_impressions([impression_rows(impressions)])

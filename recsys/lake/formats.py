@@ -17,7 +17,7 @@ import polars as pl
 from .fields import fields, json_lines, keys_of, parquet_rows, with_header
 from .sources import Batch, SourceError, origin_of, refused, text_lines
 from ..schema import (ATTRIBUTES, AVAILABLE_FROM, CART, CATEGORY, CONTEXT, CURRENCY, EVENTS, IN_STOCK, ITEM_ID, ITEMS, PRICE,
-                           PURCHASE, QUANTITY, RATING, REMOVE, SESSION_ID, TITLE, TS, TS_IS_ORDER, TYPE, USER_ID, VALUE, VIEW)
+                           PURCHASE, QUANTITY, RATING, REMOVE, SEQ, SESSION_ID, TITLE, TS, TS_IS_ORDER, TYPE, USER_ID, VALUE, VIEW)
 
 # %% ../../nbs/10_lake/16_formats.ipynb #1d6c0fd8
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ def _siblings(path: str | Path, pattern: str) -> list[Path]:
 
 # %% ../../nbs/10_lake/16_formats.ipynb #86f71a3f
 _NEEDS = (USER_ID, ITEM_ID, TYPE, TS)
+_KNOWS = tuple(c for c in EVENTS if c != SEQ)  # no file can know its place in this event log
 
 
-def _jsonl(path: str | Path, *, batch_rows: int, max_line_bytes: int, columns: Iterable[str] = tuple(EVENTS)) -> Iterator[Batch]:
+def _jsonl(path: str | Path, *, batch_rows: int, max_line_bytes: int, columns: Iterable[str] = _KNOWS) -> Iterator[Batch]:
     names, start = tuple(columns), True
     for batch in text_lines(path, batch_rows=batch_rows, max_line_bytes=max_line_bytes):
         if start and batch.frame.height:
@@ -80,12 +81,12 @@ def _jsonl(path: str | Path, *, batch_rows: int, max_line_bytes: int, columns: I
 
 
 def _csv(path: str | Path, *, batch_rows: int, max_line_bytes: int, needs: Iterable[str] = _NEEDS,
-         knows: Iterable[str] = tuple(EVENTS)) -> Iterator[Batch]:
+         knows: Iterable[str] = _KNOWS) -> Iterator[Batch]:
     return with_header(text_lines(path, batch_rows=batch_rows, max_line_bytes=max_line_bytes), ",", needs=tuple(needs), knows=tuple(knows))
 
 
 def _parquet(path: str | Path, *, batch_rows: int, max_line_bytes: int, needs: Iterable[str] = _NEEDS,
-             knows: Iterable[str] = tuple(EVENTS)) -> Iterator[Batch]:
+             knows: Iterable[str] = _KNOWS) -> Iterator[Batch]:
     return parquet_rows(path, batch_rows=batch_rows, needs=tuple(needs), knows=tuple(knows))
 
 

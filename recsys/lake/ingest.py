@@ -23,7 +23,7 @@ from .sources import Batch, Reject
 from .tables import Lake
 from .vault import Vault
 from ..schema import (ATTRIBUTES, CONTEXT, EVENT_ID, EVENT_RULES, EVENTS, FIELD, ITEM_ID, ITEM_RULES, ITEMS, KNOWN_TS, LINE,
-                           ORIGIN, QUARANTINE, RAW, REMEDY, RULE, Rule, SESSION_ID, TS, TS_IS_ORDER, TYPE, USER_ID, broken_index,
+                           ORIGIN, QUARANTINE, RAW, REMEDY, RULE, Rule, SEQ, SESSION_ID, TS, TS_IS_ORDER, TYPE, USER_ID, broken_index,
                            conform, text)
 
 # %% ../../nbs/10_lake/18_ingest.ipynb #a028c7b2
@@ -141,8 +141,8 @@ def quarantine(judged: Judged, *, origin: str, lake: Lake, vault: Vault, now: in
 class _Run:
     "The state of one ingest."
 
-    def __init__(self, lake: Lake, vault: Vault, now: int, known_at: str, context: Sequence[str]):
-        self.lake, self.vault, self.now, self.known_at, self.context = lake, vault, now, known_at, context
+    def __init__(self, lake: Lake, vault: Vault, log: EventLog | None, now: int, known_at: str, context: Sequence[str]):
+        self.lake, self.vault, self.log, self.now, self.known_at, self.context = lake, vault, log, now, known_at, context
         self.report, self.users, self.known = Report(), pl.Series(USER_ID, [], dtype=pl.String), Known()
         self.catalogue: Catalogue | None = None
         if lake.version("events") is None: return
@@ -168,8 +168,12 @@ class _Run:
         frame = frame.with_columns(event_ids(frame, judged.lines).alias(EVENT_ID))
         self.users = pl.concat([self.users, frame[USER_ID].unique()]).unique()
         fresh = frame.filter(self.known.add(frame[EVENT_ID]))
-        if fresh.height: self.lake.append("events", fresh)
+        if fresh.height: self.lake.append("events", fresh.with_columns(self._place()))
         return fresh.height
+
+    def _place(self) -> pl.Expr:
+        "The place of a batch among what arrives: taken just before it is stored, so that features served until now need not know of it."
+        return pl.lit(self.log.reserve() if self.log else None, dtype=pl.Int64).alias(SEQ)
 
     def _items(self, frame: pl.DataFrame) -> int:
         if frame.is_empty(): return 0
@@ -187,7 +191,7 @@ def ingest(
     lake: Lake,
     vault: Vault,
     now: int,  # ms; judges times, and is when the platform learned of quarantined records and undated items
-    log: EventLog | None = None,  # gets the latest events of the file's users
+    log: EventLog | None = None,  # gets the latest events of the file's users, and gives the events their place
     known_at: Literal["ts", "now"] = "ts",  # when the platform learned of the events: as they happened, or now
     batch_rows: int = 50_000,
     max_line_bytes: int = 1 << 20,
@@ -198,7 +202,7 @@ def ingest(
     "Bring a file into the lake. Raises SourceError where nothing of it can be read; a part that can be is ingested and counted."
     if known_at not in ("ts", "now"): raise ValueError(f"known_at = {known_at!r}: must be 'ts' or 'now'")
     start = time.monotonic()
-    run = _Run(lake, vault, now, known_at, context)
+    run = _Run(lake, vault, log, now, known_at, context)
     for batch in read(path, format, batch_rows=batch_rows, max_line_bytes=max_line_bytes):
         run.take(batch)
         if progress and batch.done is not None: progress(batch.done)

@@ -27,7 +27,7 @@ from ..settings import Home, Settings, root
 from ..telemetry import logger
 
 # %% ../../nbs/70_ops/71_flows.ipynb #f85e768f
-FLOWS: dict[str, tuple[str, ...]] = {"ingest": ("ingest",), "retrain": ("prepare", "train", "evaluate", "publish")}
+FLOWS: dict[str, tuple[str, ...]] = {"ingest": ("ingest",), "features": ("features",), "retrain": ("prepare", "features", "train", "evaluate", "publish")}
 OF_THE_FLOW = ("home", "run_id", "result")
 
 

@@ -9,6 +9,7 @@ __all__ = ['LEAST_FREE_MB', 'Progress', 'PROGRAM', 'PlatformError', 'preflight',
 
 # %% ../../nbs/70_ops/78_platform.ipynb #94e80012
 import fcntl
+import importlib
 import json
 import logging
 import os
@@ -191,7 +192,8 @@ def work(name: str, home: Home, settings: Settings, *, fd: int | None = None) ->
     if name == "writer":
         keep = settings.eventlog
         Writer(SQLiteEventLog(home.eventlog, history=keep.history), Lake(home.lake), interval_ms=settings.writer.interval_ms, batch_rows=settings.writer.batch_rows,
-               compact_every=settings.writer.compact_every, keep_days=keep.keep_days, quarantine_days=settings.lake.quarantine_days).run(stop)
+               compact_every=settings.writer.compact_every, keep_days=keep.keep_days, quarantine_days=settings.lake.quarantine_days,
+               follower=lambda: importlib.import_module("recsys.features.updater").Updater.open(home, settings, Lake(home.lake))).run(stop)
     elif name == "scheduler": scheduler.run(home, settings, stop=stop)
     elif name == "traffic":
         traffic.run(address(settings), operator_key(home), demo_world(home), sessions_per_minute=settings.traffic.sessions_per_minute, stop=stop)

@@ -16,7 +16,7 @@ from ..lake.eventlog import SQLiteEventLog
 from ..lake.tables import Lake
 from ..lake.vault import Vault
 from ..models import bundle
-from ..schema import (BUNDLE, FEATURES, FIELD, IMPRESSIONS, ITEM_ID, KNOWN_TS, LINE, ORIGIN, POLICY, PROPENSITY, RANK, RAW, RECOMMENDATION_ID,
+from ..schema import (BUNDLE, FEATURES, FIELD, IMPRESSIONS, ITEM_ID, ITEMS_VERSION, KNOWN_TS, LINE, ORIGIN, POLICY, PROPENSITY, RANK, RAW, RECOMMENDATION_ID,
                            REMEDY, RULE, SCORE, SLOTS, SOURCE, SURFACE, TIER, TITLE, TS, TYPE, USER_SEQ)
 from ..settings import Home
 
@@ -77,6 +77,15 @@ def told(found: dict[str, Any]) -> str:
     model = found["model"] or {}
     lines = [f"{found[RECOMMENDATION_ID]}, {at}, {found[SURFACE] or 'no surface named'}; tier {found[TIER]}, policy {found[POLICY]}",
              f"bundle {found[BUNDLE]} ({model.get('model', 'pruned since')}), from events of this user up to number {found[USER_SEQ] or 'none'}"]
+    kept = found[FEATURES] or {}
+    if kept.get("user"): lines.append(f"features {kept['service']} of the shopper: {_values(kept['user'])}")
+    if kept.get("items"): lines.append(f"features of the items, version {found[ITEMS_VERSION]}:")
+    lines += [f"      {item}: {_values(row)}" for item, row in (kept.get("items") or {}).items()]
     lines += [f"  {slot[RANK]:>3}  {slot[ITEM_ID]:<24} {slot[TITLE] or '':<32} {slot[SOURCE]:<10} score {slot[SCORE]:.4g}, propensity {slot[PROPENSITY]:.4g}" for slot in found[SLOTS]]
     answers = [f"{a[TYPE]} of {a[ITEM_ID]} after {(a[TS] - found[TS]) / 1000:.1f} s" for a in found["answers"]]
     return "\n".join([*lines, f"answered by: {', '.join(answers) or 'nothing so far'}"])
+
+
+def _values(row: dict[str, Any]) -> str:
+    "Features in words; those without a value are left out."
+    return ", ".join(f"{name} {value:.7g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items() if value is not None)

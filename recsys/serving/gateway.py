@@ -23,6 +23,7 @@ import msgspec
 import uvicorn
 from starlette.routing import Router
 
+from ..features.live import LiveFeatures, Used
 from ..lake.eventlog import Appended, Busy, EventLogError, GroupCommit, History, SQLiteEventLog, Stream
 from ..lake.vault import Vault
 from ..schema import (AGE_MS, BUNDLE, FEATURES, ITEM_ID, ITEMS_VERSION, LATENCY_US, POLICY, PROPENSITY, RANK, RECOMMENDATION_ID, SCORE, SEED, SLOTS,
@@ -61,6 +62,7 @@ class Gateway:
     log: SQLiteEventLog
     commits: GroupCommit
     live: Live
+    features: LiveFeatures
     counts: Counts
     clock: Callable[[], int]  # ms UTC
 
@@ -69,7 +71,8 @@ class Gateway:
         "Open everything in a home; makes what is missing. Raises VaultError or EventLogError."
         log = SQLiteEventLog(home.eventlog, history=settings.eventlog.history)
         live = Live(home.registry, hide_seen=settings.policy.hide_seen)
-        return cls(settings, Keys(home.keys), Vault.open(home.keys), log, GroupCommit(log), live, Counts(), clock or (lambda: time.time_ns() // 1_000_000))
+        return cls(settings, Keys(home.keys), Vault.open(home.keys), log, GroupCommit(log), live, LiveFeatures(home, settings), Counts(),
+                   clock or (lambda: time.time_ns() // 1_000_000))
 
     def close(self) -> None:
         "Commit what waits, then close."
@@ -124,8 +127,10 @@ async def recommend(gate: Gateway, call: Call) -> Answer:
     now, id = gate.clock(), secrets.token_hex(16)
     user = None if request.user_id is None else gate.vault.pseudonym(request.user_id)
     slate = engine.recommend(request, _history(gate, user), now=now)
+    used = gate.features.used(user, [s.item_id for s in slate.slots], now=now)
+    if used.missing: slate = slate.without_features()
     took = round((time.perf_counter() - call.started) * 1e6)
-    await _record(gate, impression(id, user, request, slate, engine=engine, now=now, latency_us=took))
+    await _record(gate, impression(id, user, request, slate, used, engine=engine, now=now, latency_us=took))
     gate.counts.answers.labels(slate.tier).inc()
     for source in {s.source for s in slate.slots}: gate.counts.slots.labels(source).inc(sum(s.source == source for s in slate.slots))
     return Answer(200, msgspec.json.encode(Recommendation(id, slate.slots, slate.tier, slate.age_ms, engine.bundle)))
@@ -139,13 +144,16 @@ def _not_ready() -> Refused:
                    remedy="run `recsys flow run retrain`; the gateway picks the model up within a second")
 
 # %% ../../nbs/60_serving/67_gateway.ipynb #577ca8cd
+_NOTHING = Used()
+
+
 def impression(
-    id: str, user: str | None, request: RecommendationRequest, slate: Slate, *, engine: Engine, now: int, latency_us: int,
+    id: str, user: str | None, request: RecommendationRequest, slate: Slate, used: Used = _NOTHING, *, engine: Engine, now: int, latency_us: int,
 ) -> dict[str, Any]:
     "A record of `schema.IMPRESSIONS`."
-    asked = msgspec.json.encode({"request": msgspec.structs.replace(request, user_id=None)}).decode()
+    asked = msgspec.json.encode({"request": msgspec.structs.replace(request, user_id=None), **used.features}).decode()
     slots = [{ITEM_ID: s.item_id, SCORE: s.score, RANK: n, SOURCE: s.source, PROPENSITY: s.propensity} for n, s in enumerate(slate.slots, 1)]
-    return {RECOMMENDATION_ID: id, USER_ID: user, USER_SEQ: slate.user_seq, ITEMS_VERSION: engine.items_version, TS: now, SURFACE: request.surface,
+    return {RECOMMENDATION_ID: id, USER_ID: user, USER_SEQ: slate.user_seq, ITEMS_VERSION: used.items_version or engine.items_version, TS: now, SURFACE: request.surface,
             SLOTS: slots, POLICY: f"best first, hide_seen={engine.hide_seen}", TIER: slate.tier, AGE_MS: slate.age_ms, BUNDLE: engine.bundle,
             FEATURES: asked, SEED: int(id[:15], 16), LATENCY_US: latency_us}
 
@@ -218,11 +226,11 @@ def create_app(home: Home, settings: Settings, *, clock: Callable[[], int] | Non
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         gate.live.refresh()
-        following = asyncio.create_task(gate.live.follow())
+        following = [asyncio.create_task(gate.live.follow()), asyncio.create_task(gate.features.follow())]
         logger("recsys.gateway").info("serving", pid=os.getpid(), bundle=gate.live.engine.bundle if gate.live.engine else None)
         try: yield
         finally:
-            following.cancel()
+            for task in following: task.cancel()
             gate.close()
     routes = [Endpoint(o, bind(work), keys=gate.keys, most=settings.gateway.max_body_bytes).route for o, work in described(settings)]
     return Front(Router(routes, redirect_slashes=False, lifespan=lifespan))
