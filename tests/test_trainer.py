@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import polars as pl
@@ -117,12 +118,34 @@ def test_the_minutes_are_kept(tmp_path: Path):
     assert 5.4 < result.seconds < 6.6 and result.stopped == "minutes" and result.curve[-1].lr < 0.1 * 1e-2
 
 
+def walks(users: int, steps: int) -> pl.DataFrame:
+    rows = [(f"u{u}", f"i{(u + d * n) % 200:03}", "view", n) for u in range(users) for d in (1 + u % 3,) for n in range(steps)]
+    return pl.DataFrame(rows, schema=["user_id", "item_id", "type", "ts"], orient="row")
+
+
 def test_data_are_a_small_part_of_a_step():
     "Of the real network's, in batches of its usual size."
     from recsys.models import sequential
-    rows = [(f"u{u}", f"i{(u + d * n) % 200:03}", "view", n) for u in range(400) for d in (1 + u % 3,) for n in range(60)]
-    model = sequential.fit(pl.DataFrame(rows, schema=["user_id", "item_id", "type", "ts"], orient="row"), asof=1000, epochs=1, dim=64, device="cpu", dtype="fp32")
+    model = sequential.fit(walks(400, 60), asof=1000, epochs=1, dim=64, device="cpu", dtype="fp32")
     assert model.training and model.training.steps >= 8 and model.training.data_share < 0.05
+
+
+def network(*, folder: str) -> dict:
+    "The real one; each process notes down what it made by itself, and whether what it learned from is mapped from disk."
+    from recsys.models import network, sequential
+    with patch.object(sequential, "log_of", wraps=sequential.log_of) as log, patch.object(network, "first_table", wraps=network.first_table) as table, \
+            patch.object(network, "NextItem", wraps=network.NextItem) as task:
+        model = sequential.fit(walks(150, 12), asof=1000, epochs=3, dim=16, tokens=300, dropout=0.0, patience=3, device="cpu", dtype="fp32", folder=folder)
+    mapped = task.call_args.args[1].values
+    (Path(folder) / f"made-{os.environ.get('RANK', 0)}").write_text(f"{log.call_count} {table.call_count} {isinstance(mapped, np.memmap)}")
+    return {"losses": [p.loss for p in model.training.curve], "validation": model.training.validation, "world": model.training.world}
+
+
+def test_two_processes_map_one_log_and_make_one_table(tmp_path: Path):
+    one, folder = network(folder=str(tmp_path)), tmp_path / "two"
+    two = launch.run(f"{HERE.stem}:network", {"folder": str(folder)}, folder=folder, nproc=2, path=[HERE.parent])
+    assert (one["world"], two["world"]) == (1, 2) and np.allclose(one["losses"], two["losses"], rtol=0, atol=1e-4) and abs(one["validation"] - two["validation"]) < 0.02
+    assert [(folder / f"made-{rank}").read_text() for rank in (0, 1)] == ["1 1 True", "0 0 True"]
 
 
 def test_a_finished_training_does_not_begin_again(tmp_path: Path):

@@ -6,13 +6,14 @@
 __all__ = ['WORDS', 'Forward', 'forward_of', 'Sequential', 'load', 'extended', 'held_back', 'ndcg', 'fit']
 
 # %% ../../nbs/50_models/55_sequential.ipynb #c0fef483
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -235,7 +236,7 @@ def extended(model: Sequential, vocab: Vocab, items: pl.DataFrame) -> Sequential
 
 # %% ../../nbs/50_models/55_sequential.ipynb #8e4665cf
 def held_back(log: Log, *, most: int, seed: int) -> tuple[Log, Sequences, np.ndarray]:
-    "For early stopping: the log without the last item of some shoppers of 3 or more; their histories; their last items, int64 [Q]."
+    "For early stopping: the log without the last item of at most so many shoppers of 3 or more; their histories; their last items, int64 [Q]."
     h = log.histories
     rows = np.flatnonzero(h.lengths >= 3)
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:most])
@@ -258,7 +259,24 @@ def ndcg(model: Sequential, histories: Sequences, targets: np.ndarray, *, k: int
         total += float((1 / np.log2(rank[rank < k] + 2)).sum())
     return total / max(len(targets), 1)
 
-# %% ../../nbs/50_models/55_sequential.ipynb #c2d31de2
+# %% ../../nbs/50_models/55_sequential.ipynb #3901bfd1
+def _digest(known: pl.DataFrame, *how: Any) -> str:
+    "Of rows and options: what was made of others is not taken."
+    return hashlib.sha256(json.dumps([known.height, int(known.hash_rows(seed=0).to_numpy().sum()), how]).encode()).hexdigest()[:12]
+
+
+def _log(known: pl.DataFrame, vocab: Vocab, *, most: int, folder: str | Path | None, seed: int, **how: Any) -> tuple[Log, Sequences, np.ndarray]:
+    "The log and what is held back of it (see `held_back`)."
+    from recsys.training.trainer import shared
+    def make() -> dict[str, np.ndarray]:
+        log, asked, wanted = held_back(log_of(known, vocab, seed=seed, **how), most=most, seed=seed)
+        sides = {f"side{n}": side for n, side in enumerate(log.sides)}
+        return {"values": log.histories.values, "offsets": log.histories.offsets, "asked": asked.values, "asked_offsets": asked.offsets, "wanted": wanted, **sides}
+    found = shared(make, name=f"log-{_digest(known, len(vocab), most, seed, how)}", folder=folder)
+    sides = tuple(found[f"side{n}"] for n in range(len(how["sides"])))
+    return Log(Sequences(found["values"], found["offsets"]), sides), Sequences(found["asked"], found["asked_offsets"]), found["wanted"]
+
+# %% ../../nbs/50_models/55_sequential.ipynb #721e9e09
 def fit(
     interactions: pl.DataFrame,  # user_id, item_id, type, ts
     *,
@@ -296,20 +314,22 @@ def fit(
     "Learn what follows from what. On a CPU, with `minutes` left out, the same rows and seed give the same bits. Raises ValueError."
     started, known = time.perf_counter(), learnable(interactions, asof=asof)
     vocab = Vocab.build(known[ITEM_ID]) if vocab is None else vocab
-    log = log_of(known, vocab, repeats=repeats, longest=longest, sides=sides, seed=seed)
-    if patience and validate is None:
-        log, asked, wanted = held_back(log, most=2000, seed=seed)
+    back = 2000 if patience and validate is None else 0
+    log, asked, wanted = _log(known, vocab, most=back, folder=folder, seed=seed, repeats=repeats, longest=longest, sides=list(sides))
+    if back:
         def validate(model: Sequential) -> float: return ndcg(model, asked, wanted)
     import torch  # only here: answering needs none of it
     from recsys.models.network import Net, NextItem, Shape, first_table
-    from recsys.training.trainer import Options, train
+    from recsys.training.trainer import Options, shared, train
     shape = Shape(len(vocab), dim, blocks, heads, ffn, conv, length, cosine=cosine, words=0 if items is None else WORDS, sides=tuple(SIDES[s] for s in sides))
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         net = Net(shape, dropout=dropout, bags=None if items is None else words_of(items, vocab, size=WORDS))
     counts = np.bincount(log.histories.values, minlength=len(vocab)).astype(np.int64)
     with torch.no_grad():
-        if counted: net.item.weight.copy_(torch.from_numpy(first_table(log.histories, len(vocab), dim, seed=seed)))
+        if counted:
+            name = f"table-{_digest(known, len(vocab), back, seed, repeats, longest, dim)}"
+            net.item.weight.copy_(torch.from_numpy(shared(lambda: {"table": first_table(log.histories, len(vocab), dim, seed=seed)}, name=name, folder=folder)["table"].copy()))
         if items is not None: net.item.weight[torch.from_numpy(counts == 0)] = 0
     def model() -> Sequential:
         words = np.empty((0, dim), np.float32) if items is None else net.word.weight.detach().cpu().numpy()
