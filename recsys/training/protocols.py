@@ -127,7 +127,7 @@ def hold_out(
     rows, asof = interactions(corpus), len(corpus) + 1
     if corpus.protocol == "loo":
         known = before_last(rows, "test")
-        return Held(known, asof, leave_one_out(rows, "test", corpus.vocab, most=most, seed=seed), True)
+        return Held(known, asof, leave_one_out(rows, "test", corpus.vocab, history=len(corpus), most=most, seed=seed), True)
     held = pl.Series(corpus.who >= len(corpus.users) - int(len(corpus.users) * share))
     known = rows.filter(~held)
     return Held(known, asof, prefix_cases(rows.filter(held), corpus.vocab, training=known, most=most, seed=seed), False)
