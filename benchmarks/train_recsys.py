@@ -17,13 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from recsys.models.network import Net, NextItem, Shape, first_table
-from recsys.models.sequential import Sequential, forward_of
+from recsys.models.forward import forward_of
+from recsys.models.sequential import Sequential
+from recsys.prep.pairs import first_table
 from recsys.prep.sequences import from_frame
 from recsys.training import protocols
+from recsys.training.cluster import gemm_rate
 from recsys.training.evaluate import evaluate
+from recsys.training.network import Net, NextItem, Shape
+from recsys.training.pace import Options
 from recsys.training.splits import before_last, leave_one_out
-from recsys.training.trainer import Options, gemm_rate, train
+from recsys.training.trainer import train
 
 SHAPES: dict[str, dict[str, Any]] = {"plain": {"dim": 64, "blocks": 2, "heads": 1, "ffn": 1.0, "conv": 0, "gated": False},
                                      "ours": {"dim": 64, "blocks": 2, "heads": 1, "ffn": 2.0, "conv": 4},

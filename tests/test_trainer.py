@@ -17,7 +17,9 @@ from torch import nn
 from recsys.ops import launch
 from recsys.prep.sequences import Sequences
 from recsys.training import checkpoints
-from recsys.training.trainer import Options, Result, TrainingError, shared, train
+from recsys.training.cluster import shared
+from recsys.training.pace import Options, Result, TrainingError
+from recsys.training.trainer import train
 
 ITEMS = 24
 HERE = Path(__file__)
@@ -132,8 +134,10 @@ def test_data_are_a_small_part_of_a_step():
 
 def network(*, folder: str) -> dict:
     "The real one; each process notes down what it made by itself, and whether what it learned from is mapped from disk."
-    from recsys.models import network, sequential
-    with patch.object(sequential, "log_of", wraps=sequential.log_of) as log, patch.object(network, "first_table", wraps=network.first_table) as table, \
+    from recsys.models import sequential
+    from recsys.prep import pairs
+    from recsys.training import network
+    with patch.object(sequential, "log_of", wraps=sequential.log_of) as log, patch.object(pairs, "first_table", wraps=pairs.first_table) as table, \
             patch.object(network, "NextItem", wraps=network.NextItem) as task:
         model = sequential.fit(walks(150, 12), asof=1000, epochs=3, dim=16, tokens=300, dropout=0.0, patience=3, device="cpu", dtype="fp32", folder=folder)
     mapped = task.call_args.args[1].values

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from . import covisit, popular, sequential
-from .contract import Model, Slates, best, check, places
+from .contract import Model, Slates, best, check, enough, places
 from ..prep.sequences import Sequences
 from ..prep.vocab import Vocab
 
@@ -101,7 +101,7 @@ class Blend:
         row[0] = 0
         if filters is not None: row *= filters
         if hidden is not None: row[hidden] = 0
-        items = np.flatnonzero(row)
+        items = np.flatnonzero(row >= max(enough(row, k), np.float32(1e-38)))
         return best(items, row[items], self.place, k)
 
     def because(self, history: np.ndarray, items: np.ndarray) -> np.ndarray:

@@ -72,7 +72,7 @@ def main(folder: str | Path) -> None:
 
 def _final(error: Exception) -> bool:
     "Would it come again?"
-    from recsys.training.checkpoints import TrainingError
+    from recsys.training.pace import TrainingError
     return isinstance(error, (ValueError, TypeError, TrainingError, OSError)) and not isinstance(error, ConnectionError)
 
 
