@@ -73,8 +73,7 @@ def judged(
     row: dict[str, Any] = {"name": name, "store": store, "unit": rule.unit, "ours": statistics.median(ours), "feast": statistics.median(theirs) if theirs else None}
     value = row["ours"]
     if theirs:
-        shares = [a / b for a, b in zip(ours, theirs, strict=True)]
-        row["ratio"] = value = statistics.median(shares if rule.of == "share" or rule.unit == "rows/s" else [1 / s for s in shares])
+        row["ratio"] = value = statistics.median(b / a if rule.of == "times" else a / b for a, b in zip(ours, theirs, strict=True))
     else: row["ratio"] = None
     value = row["ours"] if rule.of == "ours" else value
     return row | {"limit": str(rule), "held": rule.held(value) if str(rule) else None, **more, "rounds": {"ours": list(ours), "feast": list(theirs)}}
