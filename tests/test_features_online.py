@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from feast.feature_view import FeatureViewState
+from feast.protos.feast.core.FeatureView_pb2 import FeatureView as FeatureViewProto
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -30,7 +33,7 @@ from recsys.features.definitions import RANKER_V1, TABLES, USER_CATEGORY, USER_W
 from recsys.features.offline import build
 from recsys.features.online import Breaker, Reader, _Counts, materialize, write_rows
 from recsys.features.online_stores import UnsafeAddress, client_of
-from recsys.features.store import PASSWORD, StoreError, open_store
+from recsys.features.store import PASSWORD, REGISTRY, StoreError, open_store
 from recsys.features.updater import Updater
 from recsys.lake.tables import Lake
 from recsys.schema import CATEGORY, EVENT_ID, EVENTS, ITEM_ID, ITEMS, KNOWN_TS, PRICE, QUANTITY, SEQ, TS, TS_IS_ORDER, TYPE, USER_ID
@@ -296,9 +299,11 @@ def test_reads_never_fail_while_a_view_materialises_nor_after_it_was_killed(plac
     assert child.poll() is None
     child.send_signal(signal.SIGKILL)
     child.wait()
-    view = store.registry.get_feature_view("user_windows", "recsys")
-    view.state = FeatureViewState.MATERIALIZING  # what a kill leaves, at the latest now
-    store.registry.apply_feature_view(view, "recsys", commit=True)
+    with closing(sqlite3.connect(home.features / REGISTRY, timeout=30)) as db, db:  # what a kill leaves, at the latest now
+        view = FeatureViewProto.FromString(db.execute("SELECT feature_view_proto FROM feature_views WHERE feature_view_name = 'user_windows'").fetchone()[0])
+        view.meta.state = FeatureViewState.MATERIALIZING.to_proto()
+        db.execute("UPDATE feature_views SET feature_view_proto = ? WHERE feature_view_name = 'user_windows'", (view.SerializeToString(),))
+    assert store.registry.get_feature_view("user_windows", "recsys").state == FeatureViewState.MATERIALIZING
     restarted = Reader(open_store(home, settings, write=False), RANKER_V1)
     for n in range(200): assert reader.user(f"u{n}", now=T0 + DAY) == restarted.user(f"u{n}", now=T0 + DAY) != None  # noqa: E711
     healed = open_store(home, settings)  # a writer takes the mark back
