@@ -151,6 +151,26 @@ def test_feast_comes_without_torch_and_torch_can_still_come_later():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENV).stdout.strip() == "1.0"
 
 
+@pytest.mark.parametrize("first", ["recsys.features.online", "recsys.features.online_stores", "recsys.features.lake_store", "recsys.features.updater", "feast"])
+def test_whatever_brings_feast_in_our_own_metrics_are_still_told(first: str):
+    code = f"""
+import os, sys
+from recsys.telemetry import counter, exposition
+counter("recsys_seen_total", "Seen.").inc()
+before = {{k: v for k, v in os.environ.items() if k.startswith("PROMETHEUS_")}}
+import {first}
+assert "feast" in sys.modules and b"recsys_seen_total 1.0" in exposition()
+if {first!r} != "feast": assert "torch" not in sys.modules and before == {{k: v for k, v in os.environ.items() if k.startswith("PROMETHEUS_")}}"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert not done.returncode, done.stderr
+
+
+def test_metrics_that_processes_share_stay_in_their_folder_when_feast_comes(tmp_path: Path):
+    code = "from recsys.features import online; from recsys.telemetry import counter, exposition; counter('recsys_seen_total', 'Seen.').inc(); print(exposition().decode())"
+    told = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENV | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}).stdout for _ in range(2)]
+    assert "recsys_seen_total 2.0" in told[1] and len(list(tmp_path.glob("counter_*.db"))) == 2
+
+
 # --- killed materialisations
 
 

@@ -14,18 +14,24 @@ from typing import Any
 import ibis
 import pandas as pd
 import pyarrow as pa
+from ibis.expr.types import Table
+from pydantic import Field, StrictStr
+
+from .definitions import CREATED, EVENT_TIMESTAMP, TABLES
+from .store import feast
+from ..schema import TS
+from ..settings import Home, load
+
+# %% ../../nbs/30_features/37_lake_store.ipynb #e9fbb2b8
+feast()  # before its names are imported: without torch, and with the environment as it was
+
+# %% ../../nbs/30_features/37_lake_store.ipynb #72f97860
 from feast import FeatureView, RepoConfig
 from feast.data_source import DataSource
 from feast.infra.offline_stores.duckdb import DuckDBOfflineStore, DuckDBOfflineStoreConfig
 from feast.infra.offline_stores.ibis import get_historical_features_ibis, pull_all_from_table_or_query_ibis, pull_latest_from_table_or_query_ibis
 from feast.infra.offline_stores.offline_store import RetrievalJob
 from feast.infra.registry.base_registry import BaseRegistry
-from ibis.expr.types import Table
-from pydantic import Field, StrictStr
-
-from .definitions import CREATED, EVENT_TIMESTAMP, TABLES
-from ..schema import TS
-from ..settings import Home, load
 
 # %% ../../nbs/30_features/37_lake_store.ipynb #e6619c93
 def _root() -> str: return str(Home.open(load().platform.home).features / "offline")

@@ -23,15 +23,20 @@ from urllib.parse import urlsplit
 
 import polars as pl
 import redis
-from feast import FeatureStore
-from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-from feast.protos.feast.types.Value_pb2 import Value
 
 from .definitions import USER_WINDOWS, VIEWS, Service, View, age_ms
-from .store import materializing
+from .store import feast, materializing
 from ..schema import CATEGORY, TS, USER_ID, USER_SEQ
 from ..settings import Home
 from ..telemetry import counter, histogram, logger
+
+# %% ../../nbs/30_features/33_online.ipynb #97d76440
+feast()  # before its names are imported: without torch, and with the environment as it was
+
+# %% ../../nbs/30_features/33_online.ipynb #52ed5b3b
+from feast import FeatureStore
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
 
 # %% ../../nbs/30_features/33_online.ipynb #cb242571
 _SETTER = {pl.Int64(): "int64_val", pl.Float64(): "double_val", pl.String(): "string_val", pl.Boolean(): "bool_val"}

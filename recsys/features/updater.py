@@ -11,9 +11,9 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
-from feast import FeatureStore
 
 from .definitions import USER_CATEGORY, USER_WINDOWS, View
 from .online import FAILURES, place_of, write_rows
@@ -24,6 +24,9 @@ from ..prep.windows import known_windows
 from ..schema import CATEGORY, EVENT_ID, EVENTS, ITEM_ID, KNOWN_TS, PRICE, QUANTITY, SEQ, TS, TS_IS_ORDER, TYPE, USER_ID, USER_SEQ
 from ..settings import Home, Settings
 from ..telemetry import counter, gauge, logger
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
 
 # %% ../../nbs/30_features/39_updater.ipynb #2370dde0
 KEPT = (EVENT_ID, USER_ID, ITEM_ID, TYPE, TS, KNOWN_TS, TS_IS_ORDER, QUANTITY, PRICE, SEQ)  # of an event, in memory
@@ -171,7 +174,7 @@ class Updater(_Followed):
 
     def __init__(
         self,
-        store: FeatureStore,
+        store: "FeatureStore",
         lake: Lake,
         note: str | Path,  # a file that says which version of the lake is all in the store
         *,
