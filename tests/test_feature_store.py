@@ -300,6 +300,7 @@ def test_materialize_brings_the_lake_online(home: Home):
     lake.append("items", shop_.items)
     code, said = recsys(home, "materialize")
     assert code == 0 and {m["view"] for m in said["materialized"]} == set(VIEWS), said
+    assert [str(Items.current(home.features / ITEMS, s).version) for s in SERVICES] == said["items_versions"]
     store = open_store(home, load({}), write=False)
     [price] = store.get_online_features(["item_catalogue:item_price"], [{"item_id": "mug"}]).to_dict()["item_price"]
     assert price == 4.0

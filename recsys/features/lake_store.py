@@ -40,12 +40,15 @@ def _root() -> str: return str(Home.open(load().platform.home).features / "offli
 class LakeOfflineStoreConfig(DuckDBOfflineStoreConfig):
     type: StrictStr = "recsys.features.lake_store.LakeOfflineStore"
     root: StrictStr = Field(default_factory=_root)  # of the offline lake
+    spill: StrictStr | None = None  # the folder for what DuckDB cannot hold in memory; by default, `.tmp` where the process runs
 
 
-def _read(root: str, source: Any, repo_path: str) -> Table:
+def _read(store: LakeOfflineStoreConfig, source: Any, repo_path: str) -> Table:
     "A table of the offline lake with Feast's two times. Deltalake is imported here: a gateway reads online only."
     from recsys.lake.tables import Lake
-    table = ibis.memtable(Lake(root, tables=TABLES).dataset(source.path))
+    duckdb: Any = ibis.get_backend()
+    if store.spill and duckdb.settings["temp_directory"] != store.spill: duckdb.settings["temp_directory"] = store.spill
+    table = ibis.memtable(Lake(store.root, tables=TABLES).dataset(source.path))
     at = table[TS].as_timestamp("ms").cast("timestamp('UTC')")
     return table.mutate(**{EVENT_TIMESTAMP: at, CREATED: at}).drop(TS)
 
@@ -65,7 +68,7 @@ class LakeOfflineStore(DuckDBOfflineStore):
         "The last row of each key between two times, both included."
         return pull_latest_from_table_or_query_ibis(
             config, data_source, join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column, start_date, end_date,
-            data_source_reader=partial(_read, config.offline_store.root), data_source_writer=_write)
+            data_source_reader=partial(_read, config.offline_store), data_source_writer=_write)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -75,7 +78,7 @@ class LakeOfflineStore(DuckDBOfflineStore):
         "All rows between two times, both included."
         return pull_all_from_table_or_query_ibis(
             config, data_source, join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column=created_timestamp_column,
-            start_date=start_date, end_date=end_date, data_source_reader=partial(_read, config.offline_store.root), data_source_writer=_write)
+            start_date=start_date, end_date=end_date, data_source_reader=partial(_read, config.offline_store), data_source_writer=_write)
 
     @staticmethod
     def get_historical_features(
@@ -85,7 +88,7 @@ class LakeOfflineStore(DuckDBOfflineStore):
         "For each row of `entity_df` the last feature rows known at its time. Raises ValueError for SQL in the place of a frame."
         if isinstance(entity_df, str): raise ValueError("entity_df is SQL: give a frame of keys and event_timestamp")
         return get_historical_features_ibis(
-            config, feature_views, feature_refs, entity_df, registry, project, data_source_reader=partial(_read, config.offline_store.root),
+            config, feature_views, feature_refs, entity_df, registry, project, data_source_reader=partial(_read, config.offline_store),
             data_source_writer=_write, full_feature_names=full_feature_names, filter_by_created_timestamp=True)
 
     @staticmethod

@@ -101,7 +101,7 @@ def config(home: Home, settings: Settings, *, reading: bool = False) -> "RepoCon
                 "schema_mode": "skip" if reading else "auto", "sqlalchemy_config_kwargs": {"echo": False, "connect_args": {"timeout": 30}}}
     made: RepoConfig = feast().RepoConfig(
         project=PROJECT, provider="local", registry=registry, online_store=kept, entity_key_serialization_version=3,
-        offline_store={"type": STORES["offline"], "root": str(home.features / OFFLINE)}, repo_path=str(home.features))
+        offline_store={"type": STORES["offline"], "root": str(home.features / OFFLINE), "spill": str(home.work / "duckdb")}, repo_path=str(home.features))
     return made
 
 # %% ../../nbs/30_features/31_store.ipynb #2dda1072
