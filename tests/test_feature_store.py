@@ -1,6 +1,7 @@
 """The feature store of a home: made once, checked by readers, whole after a kill; Feast's answers are the lake's; nothing secret in the settings."""
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -16,8 +18,10 @@ import polars as pl
 import pytest
 
 from recsys.features import definitions
-from recsys.features.definitions import TABLES, VIEWS, View, digest, windowed
+from recsys.features.definitions import SERVICES, TABLES, VIEWS, View, digest, windowed
+from recsys.features.items import Items
 from recsys.features.store import (
+    ITEMS,
     OFFLINE,
     ONLINE,
     REGISTRY,
@@ -290,6 +294,14 @@ def subprocess_list(home: Home) -> list[dict]:
     code, said = recsys(home, "list")
     assert code == 0
     return said["features"]
+
+
+def test_what_duckdb_cannot_hold_lies_in_the_home(home: Home):
+    rows_of(home, "category_popularity", row("category_popularity", T0))
+    store = open_store(home, load({}))
+    store.materialize(datetime.fromtimestamp(T0 / 1000 - 1, UTC), datetime.fromtimestamp(T0 / 1000 + 1, UTC), ["category_popularity"])
+    with importlib.import_module("ibis").get_backend().con.cursor() as duckdb:
+        assert duckdb.execute("SELECT current_setting('temp_directory')").fetchone() == (str(home.work / "duckdb"),)
 
 
 def test_materialize_brings_the_lake_online(home: Home):

@@ -8,7 +8,7 @@ __all__ = ['LakeOfflineStoreConfig', 'LakeOfflineStore']
 # %% ../../nbs/30_features/37_lake_store.ipynb #905ee5a5
 from collections.abc import Callable
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import ibis
@@ -43,11 +43,17 @@ class LakeOfflineStoreConfig(DuckDBOfflineStoreConfig):
     spill: StrictStr | None = None  # the folder for what DuckDB cannot hold in memory; by default, `.tmp` where the process runs
 
 
+@cache
+def _spill(folder: str) -> None:
+    "Where DuckDB puts what memory cannot hold. By a connection of its own, for the other may be in the middle of an answer."
+    duckdb: Any = ibis.get_backend()
+    with duckdb.con.cursor() as own: own.execute("SET temp_directory = '" + folder.replace("'", "''") + "'")
+
+
 def _read(store: LakeOfflineStoreConfig, source: Any, repo_path: str) -> Table:
     "A table of the offline lake with Feast's two times. Deltalake is imported here: a gateway reads online only."
     from recsys.lake.tables import Lake
-    duckdb: Any = ibis.get_backend()
-    if store.spill and duckdb.settings["temp_directory"] != store.spill: duckdb.settings["temp_directory"] = store.spill
+    if store.spill: _spill(store.spill)
     table = ibis.memtable(Lake(store.root, tables=TABLES).dataset(source.path))
     at = table[TS].as_timestamp("ms").cast("timestamp('UTC')")
     return table.mutate(**{EVENT_TIMESTAMP: at, CREATED: at}).drop(TS)
