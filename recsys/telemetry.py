@@ -9,7 +9,6 @@ __all__ = ['LEVELS', 'M', 'SECONDS', 'CONTENT_TYPE', 'MULTIPROC', 'logger', 'con
 # %% ../nbs/00_core/03_telemetry.ipynb #990b8004
 import json
 import logging
-import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence

@@ -79,7 +79,8 @@ def _since(view: View, lake: Lake, offline: Lake, marks: dict[str, int]) -> int 
     old = {name: offline.mark(view.name, name) for name in marks}
     if old == marks: return None
     if any(old[name] != marks[name] for name in marks if name != "events") or old["events"] in (None, -1): return 0
-    return lake.least_added("events", KNOWN_TS, since=old["events"])
+    least = lake.least_added("events", KNOWN_TS, since=old["events"])
+    return least if not least else -(-least // view.grid_ms) * view.grid_ms - view.grid_ms + 1  # the row of a mark of the grid has all events since the mark before
 
 # %% ../../nbs/30_features/32_offline.ipynb #b191030c
 _N = "__n"
