@@ -7,6 +7,7 @@ __all__ = ['features_app', 'features_list', 'features_show', 'features_apply', '
            'features_ui']
 
 # %% ../nbs/90_cli/93_features_cli.ipynb #e1bb4c44
+import time
 from dataclasses import asdict
 from typing import Annotated
 
@@ -56,19 +57,24 @@ def features_materialize(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    "Bring offline tables and online store up to date with the lake. Reads go on meanwhile."
+    "Bring offline tables, online store and item matrices up to date with the lake. Reads go on meanwhile."
     with said(json):
         from recsys.features import offline
-        from recsys.features.definitions import TABLES
+        from recsys.features.definitions import SERVICES, TABLES
+        from recsys.features.live import packed
         from recsys.features.online import materialize
-        from recsys.features.store import OFFLINE, open_store, turn
+        from recsys.features.store import ITEMS, OFFLINE, open_store, turn
         from recsys.lake.tables import Lake
         place, loaded = opened(home)
         store, tables = open_store(place, loaded), Lake(place.features / OFFLINE, tables=TABLES)
-        with turn(place, "build"): built = offline.build(Lake(place.lake), tables, whole=whole) if build else {}
+        lake = Lake(place.lake)
+        with turn(place, "build"):
+            built = offline.build(lake, tables, whole=whole, work=place.work) if build else {}
+            versions = [packed(lake, tables, place.features / ITEMS, service, asof=time.time_ns() // 1_000_000) for service in SERVICES.values()]
         done = materialize(store, place, tables.scan, incremental=not whole)
     rows = [{"view": m.view, "table rows": tables.rows(m.view), "carried": m.rows, "up to": when(m.end), "seconds": m.seconds} for m in done]
-    tell({"built": {k: asdict(b) for k, b in built.items()}, "materialized": [asdict(m) for m in done]}, json=json, text=table(rows, none="no views"))
+    tell({"built": {k: asdict(b) for k, b in built.items()}, "materialized": [asdict(m) for m in done], "items_versions": [str(v) for v in versions]},
+         json=json, text=table(rows, none="no views") + "\n" + "\n".join(f"items of {v.service}: {v}" for v in versions))
 
 # %% ../nbs/90_cli/93_features_cli.ipynb #a90eed0b
 @features_app.command("parity", epilog="Example: recsys features parity --json")

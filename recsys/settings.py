@@ -70,6 +70,7 @@ class Prep:
 @dataclass(frozen=True)
 class Features:
     online: Annotated[str, Meta(pattern=r"^(sqlite|rediss?://[^\s/]+\S*)$")]
+    refresh: str
 
 
 @dataclass(frozen=True)

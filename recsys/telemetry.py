@@ -9,7 +9,6 @@ __all__ = ['LEVELS', 'M', 'SECONDS', 'CONTENT_TYPE', 'MULTIPROC', 'logger', 'con
 # %% ../nbs/00_core/03_telemetry.ipynb #990b8004
 import json
 import logging
-import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import prometheus_client
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess, values
 from prometheus_client.metrics import MetricWrapperBase
 from structlog.stdlib import BoundLogger, ProcessorFormatter
 
@@ -134,9 +133,14 @@ def shared_metrics(folder: Path) -> dict[str, str]:
     return {MULTIPROC: str(folder)}
 
 
+def _shared() -> bool:
+    "Whether values lie in a shared folder: that is settled when `prometheus_client` is imported, whoever sets the variable later (Feast does)."
+    return values.ValueClass is not values.MutexValue
+
+
 def exposition() -> bytes:
     "All metrics in Prometheus' text format (`CONTENT_TYPE`): of every process that shares the folder, else of this one."
-    if MULTIPROC not in os.environ: return prometheus_client.generate_latest()
+    if not _shared(): return prometheus_client.generate_latest()
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)
     return prometheus_client.generate_latest(registry)
@@ -144,4 +148,4 @@ def exposition() -> bytes:
 
 def forget_process(pid: int, *, folder: Path | None = None) -> None:
     "A worker has died: drop its gauges from the shared folder (default: this process's own). Its counts stay, for what it did was done."
-    if folder is not None or MULTIPROC in os.environ: multiprocess.mark_process_dead(pid, str(folder) if folder else None)
+    if folder is not None or _shared(): multiprocess.mark_process_dead(pid, str(folder) if folder else None)

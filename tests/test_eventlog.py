@@ -405,3 +405,12 @@ def test_a_reserved_place_is_nobody_elses(tmp_path: Path):
     events = [{"event_id": f"e{n}", "user_id": "u", "item_id": "i", "type": "view", "ts": 1, "known_ts": 1} for n in range(2)]
     assert logs[1].append(events).last_seq == 8 and logs[0].reserve() == 9
     assert [seq for seq, _ in logs[0].read("events", after=0, limit=9)] == [7, 8]
+
+
+def test_numbers_of_another_log_are_not_given_again(tmp_path: Path):
+    log = SQLiteEventLog(tmp_path)
+    event = {"user_id": "u", "item_id": "i", "type": "view", "ts": 1, "known_ts": 1}
+    log.start_above(40)
+    assert log.append([{"event_id": "a", **event}]).last_seq == 41
+    log.start_above(7)  # they went on from there
+    assert log.append([{"event_id": "b", **event}]).last_seq == 42 and log.reserve() == 43

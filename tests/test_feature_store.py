@@ -1,6 +1,7 @@
 """The feature store of a home: made once, checked by readers, whole after a kill; Feast's answers are the lake's; nothing secret in the settings."""
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -16,8 +18,10 @@ import polars as pl
 import pytest
 
 from recsys.features import definitions
-from recsys.features.definitions import TABLES, VIEWS, View, digest, windowed
+from recsys.features.definitions import SERVICES, TABLES, VIEWS, View, digest, windowed
+from recsys.features.items import Items
 from recsys.features.store import (
+    ITEMS,
     OFFLINE,
     ONLINE,
     REGISTRY,
@@ -151,6 +155,26 @@ def test_feast_comes_without_torch_and_torch_can_still_come_later():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENV).stdout.strip() == "1.0"
 
 
+@pytest.mark.parametrize("first", ["recsys.features.online", "recsys.features.online_stores", "recsys.features.lake_store", "recsys.features.updater", "feast"])
+def test_whatever_brings_feast_in_our_own_metrics_are_still_told(first: str):
+    code = f"""
+import os, sys
+from recsys.telemetry import counter, exposition
+counter("recsys_seen_total", "Seen.").inc()
+before = {{k: v for k, v in os.environ.items() if k.startswith("PROMETHEUS_")}}
+import {first}
+assert "feast" in sys.modules and b"recsys_seen_total 1.0" in exposition()
+if {first!r} != "feast": assert "torch" not in sys.modules and before == {{k: v for k, v in os.environ.items() if k.startswith("PROMETHEUS_")}}"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert not done.returncode, done.stderr
+
+
+def test_metrics_that_processes_share_stay_in_their_folder_when_feast_comes(tmp_path: Path):
+    code = "from recsys.features import online; from recsys.telemetry import counter, exposition; counter('recsys_seen_total', 'Seen.').inc(); print(exposition().decode())"
+    told = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENV | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}).stdout for _ in range(2)]
+    assert "recsys_seen_total 2.0" in told[1] and len(list(tmp_path.glob("counter_*.db"))) == 2
+
+
 # --- killed materialisations
 
 
@@ -272,6 +296,14 @@ def subprocess_list(home: Home) -> list[dict]:
     return said["features"]
 
 
+def test_what_duckdb_cannot_hold_lies_in_the_home(home: Home):
+    rows_of(home, "category_popularity", row("category_popularity", T0))
+    store = open_store(home, load({}))
+    store.materialize(datetime.fromtimestamp(T0 / 1000 - 1, UTC), datetime.fromtimestamp(T0 / 1000 + 1, UTC), ["category_popularity"])
+    with importlib.import_module("ibis").get_backend().con.cursor() as duckdb:
+        assert duckdb.execute("SELECT current_setting('temp_directory')").fetchone() == (str(home.work / "duckdb"),)
+
+
 def test_materialize_brings_the_lake_online(home: Home):
     from recsys.synth import shop
     shop_ = shop()
@@ -280,6 +312,7 @@ def test_materialize_brings_the_lake_online(home: Home):
     lake.append("items", shop_.items)
     code, said = recsys(home, "materialize")
     assert code == 0 and {m["view"] for m in said["materialized"]} == set(VIEWS), said
+    assert [str(Items.current(home.features / ITEMS, s).version) for s in SERVICES] == said["items_versions"]
     store = open_store(home, load({}), write=False)
     [price] = store.get_online_features(["item_catalogue:item_price"], [{"item_id": "mug"}]).to_dict()["item_price"]
     assert price == 4.0

@@ -92,6 +92,20 @@ def test_what_came_in_makes_the_same_rows_as_everything_anew(tmp_path: Path, see
         assert tables(anew)[name].equals(told.sort(*v.keys, TS)) and not told.select(*v.keys, TS).is_duplicated().any()
 
 
+def test_a_moment_of_the_grid_keeps_the_events_of_builds_within_it(tmp_path: Path):
+    lake, grown = Lake(tmp_path / "lake"), Lake(tmp_path / "grown", tables=TABLES)
+    lake.append("items", shop().items)
+    one = shop().events.filter(pl.col(ITEM_ID).is_in(["mug", "tin"])).unique(ITEM_ID, keep="first").sort(ITEM_ID).select(list(EVENTS))
+    for n, minute in enumerate((1, 2, 4, 6, 9)):  # mug, tin, mug, ...: by turns within five minutes
+        at = pl.lit(T0 + 90 * DAY + minute * MINUTE, dtype=pl.Int64)
+        lake.append("events", one[n % 2:n % 2 + 1].with_columns(at.alias(TS), at.alias(KNOWN_TS), pl.lit(f"g{n}").alias(EVENT_ID)))
+        build(lake, grown)
+    whole = Lake(tmp_path / "whole", tables=TABLES)
+    build(lake, whole)
+    same(tables(grown), tables(whole))
+    assert grown.rows("item_windows") == 4
+
+
 def test_a_build_reads_back_no_further_than_it_must(tmp_path: Path):
     lake, offline = Lake(tmp_path / "lake"), Lake(tmp_path / "offline", tables=TABLES)
     assert {b.rows for b in build(lake, offline).values()} == {0}  # a home without anything

@@ -29,7 +29,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from recsys.features.definitions import RANKER_V1, TABLES, USER_CATEGORY, USER_WINDOWS
+from recsys.features.definitions import RANKER_V1, TABLES, USER_CATEGORY, USER_WINDOWS, VIEWS
 from recsys.features.offline import build
 from recsys.features.online import Breaker, Reader, _Counts, materialize, write_rows
 from recsys.features.online_stores import UnsafeAddress, client_of
@@ -253,6 +253,21 @@ def test_materialisation_carries_all_rows_then_what_is_new_then_what_came_in_bef
     [whole] = materialize(store, home, offline.scan, views=["user_windows"])
     assert (idle.rows, more.rows, whole.rows) == (0, 1, 2_502)
     assert [reader.user(u, now=T0 + DAY).values["user_views_1d"] for u in ("new", "old")] == [5, 6]
+
+
+def test_rows_of_a_grid_are_carried_again_while_they_may_change(place):
+    home, settings = place
+    store, offline = open_store(home, settings), Lake(home.features / "offline", tables=TABLES)
+    view = VIEWS["category_popularity"]
+    def rows(ts: int, n: int) -> pl.DataFrame:
+        return pl.DataFrame([{**{k: "tea" for k in view.keys}, TS: ts, **{f.name: n for f in view.features}}], schema=view.table)
+    def carried() -> int: return materialize(store, home, offline.scan, views=[view.name])[0].rows
+    offline.append(view.name, pl.concat([rows(T0, 1), rows(T0 + HOUR, 2)]))
+    assert (carried(), carried()) == (2, 1)
+    offline.replace(view.name, [rows(T0 + HOUR, 3)], where=f"ts >= {T0 + HOUR}")  # an event more before the moment was over
+    assert carried() == 1
+    [n] = store.get_online_features([f"{view.name}:{view.names[0]}"], [{view.keys[0]: "tea"}]).to_dict()[view.names[0]]
+    assert n == 3
 
 
 def test_a_materialisation_does_not_take_back_what_the_writer_sent(place):

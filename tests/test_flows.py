@@ -164,8 +164,33 @@ def test_the_scheduler_keeps_a_missed_run_survives_its_failure_and_stops_when_to
     stop.set()
     clock.join(60)
     assert not clock.is_alive()
-    off = load({"RECSYS_FLOW_RETRAIN": ""})
+    assert flows.runs_of(home, runs=runs)[0].flow == "retrain"  # no run of the features flow was missed
+    off = load({"RECSYS_FLOW_RETRAIN": "", "RECSYS_FEATURES_REFRESH": ""})
     scheduler.run(home, off, stop=stop, runs=runs)  # switched off: waits, and stops when told
+
+
+def test_features_are_refreshed_between_two_retrains_and_their_lines_are_checked(tmp_path, monkeypatch):
+    home, ran, stop = Home.open(tmp_path / "home"), [], threading.Event()
+    monkeypatch.setattr(flows, "run", lambda flow, *_, **__: (ran.append(flow), stop.set()))
+    folder = tmp_path / "runs" / "20260101-030000-000-features"
+    folder.mkdir(parents=True)
+    flows.write_json(folder / "flow.json", flows.RunResult(folder.name, "features", "done", str(home.path), str(folder), 1_767_236_400_000, {}, (), (1, 0.0)))
+    scheduler.run(home, load({}), stop=stop, runs=tmp_path / "runs")
+    assert ran == ["features"]
+    with pytest.raises(scheduler.ScheduleError, match=r"\[features\] refresh = 'often'"):
+        scheduler.run(home, load({"RECSYS_FEATURES_REFRESH": "often"}), stop=stop, runs=tmp_path / "runs")
+
+
+def test_frequent_flows_do_not_push_out_the_runs_of_rare_ones(tmp_path):
+    home, runs = Home.open(tmp_path / "home"), tmp_path / "runs"
+    for n, flow in enumerate(("retrain", *["features"] * 5)):
+        folder = runs / f"20260101-00000{n}-000-{flow}"
+        folder.mkdir(parents=True)
+        (home.work / folder.name).mkdir()
+        flows.write_json(folder / "flow.json", flows.RunResult(folder.name, flow, "done", str(home.path), str(folder), n, {}, (), (1, 0.0)))
+    flows.prune(home, keep=2, runs=runs)
+    assert [r.flow for r in flows.runs_of(home, runs=runs)] == ["features", "features", "retrain"]
+    assert sorted(p.name for p in home.work.iterdir()) == ["20260101-000000-000-retrain", "20260101-000005-000-features"]
 
 
 def test_old_runs_are_pruned_and_other_homes_left_alone(place, tmp_path):

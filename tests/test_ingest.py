@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from recsys.lake.eventlog import SQLiteEventLog
 from recsys.lake.formats import read
-from recsys.lake.ingest import Report, ingest
+from recsys.lake.ingest import Report, continue_numbers, ingest
 from recsys.lake.known import Known, event_ids
 from recsys.lake.sources import SourceError
 from recsys.lake.tables import Lake
@@ -37,6 +37,7 @@ from recsys.schema import (
     PRICE,
     RAW,
     RULE,
+    SEQ,
     TITLE,
     TS,
     USER_ID,
@@ -389,3 +390,24 @@ def test_online_retail(tmp_path: Path, lake: Lake, vault: Vault):
     again = adds_up(ingest(path, "online-retail", lake=lake, vault=vault, now=NOW), lake, events=406_829)
     assert again.duplicates == 406_829 and again.items == 0 and lake.rows("quarantine") == 135_080
     assert sum(b.read for b in read(path, "online-retail")) == report.read
+
+
+def test_a_file_takes_a_place_among_live_events_and_a_new_log_goes_on_where_the_lake_ends(tmp_path: Path, lake: Lake, vault: Vault):
+    def fill(name: str, log: SQLiteEventLog | None) -> list[int | None]:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({**EVENT, "event_id": f"{name}{n}"}) + "\n" for n in range(4)))
+        ingest(path, "jsonl", lake=lake, vault=vault, log=log, now=NOW, batch_rows=2)
+        return lake.scan("events").filter(pl.col(EVENT_ID).str.starts_with(name)).collect()[SEQ].unique().sort().to_list()
+    def live(name: str) -> dict: return {**EVENT, "event_id": name, "user_id": vault.pseudonym("ann"), "known_ts": T0}
+    log = SQLiteEventLog(tmp_path / "log")
+    assert fill("past", None) == [None]
+    assert log.append([live("x")]).last_seq == 1
+    first = fill("a", log)
+    last = log.append([live("y")]).last_seq
+    assert 1 < min(first) <= max(first) < last and lake.scan("events").select(pl.col(SEQ).max()).collect().item() == max(first)
+    new = SQLiteEventLog(tmp_path / "new")  # the old one was lost
+    assert min(fill("b", new)) > max(first)
+    assert new.append([live("z")]).last_seq > max(first)
+    other = SQLiteEventLog(tmp_path / "other")
+    continue_numbers(lake, other)  # what `recsys up` does before a gateway is there
+    assert other.append([live("w")]).last_seq == lake.scan("events").select(pl.col(SEQ).max()).collect().item() + 1

@@ -20,7 +20,7 @@ LAYOUT = Layout("s", ("a", "b"), (0.0, float("nan")), ("v", "w"), {"v": DAY, "w"
 
 def frames(n: int, *, ts: int = T0) -> dict[str, pl.DataFrame]:
     ids = [f"i{k}" for k in range(n)]
-    return {"v": pl.DataFrame({ITEM_ID: ids, TS: [ts] * n, "a": list(range(n))}, schema_overrides={TS: pl.Int64}),
+    return {"v": pl.DataFrame({ITEM_ID: ids, TS: [ts] * n, "a": list(range(n))}, schema_overrides={TS: pl.Int64, ITEM_ID: pl.String}),
             "w": pl.DataFrame({ITEM_ID: ids[: n // 2], TS: [ts] * (n // 2), "b": [k / 3 for k in range(n // 2)]}, schema_overrides={TS: pl.Int64, ITEM_ID: pl.String, "b": pl.Float64})}
 
 

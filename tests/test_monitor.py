@@ -118,7 +118,7 @@ def test_a_deep_log_is_read_from_its_end(home: Home):
 def test_an_empty_home_is_an_ordinary_state(home: Home):
     seen = read(home, gateway_url="http://127.0.0.1:9")
     page = "".join(section(seen) for section in SECTIONS)
-    assert {p.name: p.state for p in seen.parts} == {"gateway": "down", "writer": "ok", "model": "none"}
+    assert {p.name: p.state for p in seen.parts} == {"gateway": "down", "writer": "ok", "features": "none", "model": "none"}
     words = ("No impressions yet", "No events in this window yet", "no champion yet", "No record is in quarantine", "Connection refused")
     assert [word for word in words if word not in page] == []
     assert "NaN" not in page and "None" not in page

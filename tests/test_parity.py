@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recsys.features.definitions import CATALOGUE, ITEM_CATALOGUE, ITEM_WINDOWS, RETRIEVAL_V1, USER_WINDOWS, age_ms
-from recsys.features.items import Items, latest, pack
-from recsys.features.parity import Parity, check, layout, noted
+from recsys.features.items import Items, Layout, latest, pack
+from recsys.features.parity import Parity, check, noted
 from recsys.lake.tables import Lake
 from recsys.prep.windows import known_windows, windows
 from recsys.schema import EVENTS, IMPRESSIONS
@@ -58,7 +58,7 @@ class Shop:
                 self.lake.scan("items").select("item_id", "ts", *(pl.col(c).alias(n) for n, c in CATALOGUE.items())), key="item_id", asof=asof
             ),
         }
-        version = pack(self.root, layout(RETRIEVAL_V1), rows, asof=asof, mark=known.select(pl.col("seq").max()).collect().item() or 0)
+        version = pack(self.root, Layout.of(RETRIEVAL_V1), rows, asof=asof, mark=known.select(pl.col("seq").max()).collect().item() or 0)
         return Items(self.root / str(version))
 
     def serve(self, user: str, now: int, matrix: Items, *, rows: Rows = honest, upto: int | None = None) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Shop:
         row = found[-1] if found and USER_WINDOWS.fresh(now, found[-1]["ts"]) else None
         values = {f.name: f.value((row or {}).get("seq" if f.name == "user_seq" else f.name)) for f in RETRIEVAL_V1.features(keys=("user_id",))}
         values[USER_WINDOWS.age] = age_ms(now, row["ts"]) if row else None
-        return noted("retrieval_v1", values, ITEMS, matrix.rows(list(ITEMS), now=now), layout(RETRIEVAL_V1))
+        return noted("retrieval_v1", values, ITEMS, matrix.rows(list(ITEMS), now=now), Layout.of(RETRIEVAL_V1))
 
     def log(self, user: str | None, now: int, matrix: Items, features: dict[str, Any]) -> None:
         self.impressions.append(

@@ -8,24 +8,30 @@ __all__ = ['LakeOfflineStoreConfig', 'LakeOfflineStore']
 # %% ../../nbs/30_features/37_lake_store.ipynb #905ee5a5
 from collections.abc import Callable
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import ibis
 import pandas as pd
 import pyarrow as pa
+from ibis.expr.types import Table
+from pydantic import Field, StrictStr
+
+from .definitions import CREATED, EVENT_TIMESTAMP, TABLES
+from .store import feast
+from ..schema import TS
+from ..settings import Home, load
+
+# %% ../../nbs/30_features/37_lake_store.ipynb #e9fbb2b8
+feast()  # before its names are imported: without torch, and with the environment as it was
+
+# %% ../../nbs/30_features/37_lake_store.ipynb #72f97860
 from feast import FeatureView, RepoConfig
 from feast.data_source import DataSource
 from feast.infra.offline_stores.duckdb import DuckDBOfflineStore, DuckDBOfflineStoreConfig
 from feast.infra.offline_stores.ibis import get_historical_features_ibis, pull_all_from_table_or_query_ibis, pull_latest_from_table_or_query_ibis
 from feast.infra.offline_stores.offline_store import RetrievalJob
 from feast.infra.registry.base_registry import BaseRegistry
-from ibis.expr.types import Table
-from pydantic import Field, StrictStr
-
-from .definitions import CREATED, EVENT_TIMESTAMP, TABLES
-from ..schema import TS
-from ..settings import Home, load
 
 # %% ../../nbs/30_features/37_lake_store.ipynb #e6619c93
 def _root() -> str: return str(Home.open(load().platform.home).features / "offline")
@@ -34,12 +40,21 @@ def _root() -> str: return str(Home.open(load().platform.home).features / "offli
 class LakeOfflineStoreConfig(DuckDBOfflineStoreConfig):
     type: StrictStr = "recsys.features.lake_store.LakeOfflineStore"
     root: StrictStr = Field(default_factory=_root)  # of the offline lake
+    spill: StrictStr | None = None  # the folder for what DuckDB cannot hold in memory; by default, `.tmp` where the process runs
 
 
-def _read(root: str, source: Any, repo_path: str) -> Table:
+@cache
+def _spill(folder: str) -> None:
+    "Where DuckDB puts what memory cannot hold. By a connection of its own, for the other may be in the middle of an answer."
+    duckdb: Any = ibis.get_backend()
+    with duckdb.con.cursor() as own: own.execute("SET temp_directory = '" + folder.replace("'", "''") + "'")
+
+
+def _read(store: LakeOfflineStoreConfig, source: Any, repo_path: str) -> Table:
     "A table of the offline lake with Feast's two times. Deltalake is imported here: a gateway reads online only."
     from recsys.lake.tables import Lake
-    table = ibis.memtable(Lake(root, tables=TABLES).dataset(source.path))
+    if store.spill: _spill(store.spill)
+    table = ibis.memtable(Lake(store.root, tables=TABLES).dataset(source.path))
     at = table[TS].as_timestamp("ms").cast("timestamp('UTC')")
     return table.mutate(**{EVENT_TIMESTAMP: at, CREATED: at}).drop(TS)
 
@@ -59,7 +74,7 @@ class LakeOfflineStore(DuckDBOfflineStore):
         "The last row of each key between two times, both included."
         return pull_latest_from_table_or_query_ibis(
             config, data_source, join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column, start_date, end_date,
-            data_source_reader=partial(_read, config.offline_store.root), data_source_writer=_write)
+            data_source_reader=partial(_read, config.offline_store), data_source_writer=_write)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -69,7 +84,7 @@ class LakeOfflineStore(DuckDBOfflineStore):
         "All rows between two times, both included."
         return pull_all_from_table_or_query_ibis(
             config, data_source, join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column=created_timestamp_column,
-            start_date=start_date, end_date=end_date, data_source_reader=partial(_read, config.offline_store.root), data_source_writer=_write)
+            start_date=start_date, end_date=end_date, data_source_reader=partial(_read, config.offline_store), data_source_writer=_write)
 
     @staticmethod
     def get_historical_features(
@@ -79,7 +94,7 @@ class LakeOfflineStore(DuckDBOfflineStore):
         "For each row of `entity_df` the last feature rows known at its time. Raises ValueError for SQL in the place of a frame."
         if isinstance(entity_df, str): raise ValueError("entity_df is SQL: give a frame of keys and event_timestamp")
         return get_historical_features_ibis(
-            config, feature_views, feature_refs, entity_df, registry, project, data_source_reader=partial(_read, config.offline_store.root),
+            config, feature_views, feature_refs, entity_df, registry, project, data_source_reader=partial(_read, config.offline_store),
             data_source_writer=_write, full_feature_names=full_feature_names, filter_by_created_timestamp=True)
 
     @staticmethod

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from .definitions import ITEM_WINDOWS, RETRIEVAL_V1, Service
-from .items import LiveItems, Version, latest, pack
-from .parity import layout, noted
+from .items import Layout, LiveItems, Version, refresh
+from .parity import noted
 from .store import ITEMS, REGISTRY, open_store
-from ..schema import ITEM_ID, KNOWN_TS, SEQ
+from ..schema import KNOWN_TS, SEQ
 from ..settings import Home, Settings
 from ..telemetry import logger
 
@@ -52,7 +52,7 @@ class LiveFeatures:
     "Item matrix and shoppers' rows of one worker. `refresh` may take seconds and belongs in a thread; `used` answers in less than a millisecond."
 
     def __init__(self, home: Home, settings: Settings, *, service: Service = RETRIEVAL_V1, opener: Callable[..., "Reader"] = _open):
-        self._home, self._settings, self._service, self._opener, self._layout = home, settings, service, opener, layout(service)
+        self._home, self._settings, self._service, self._opener, self._layout = home, settings, service, opener, Layout.of(service)
         self._items, self._again = LiveItems(home.features / ITEMS, service.name), 0.0
         self._reader: Reader | None = None
         self.why: str | None = None  # why shoppers' rows cannot be read, where they should be
@@ -92,8 +92,8 @@ class LiveFeatures:
 # %% ../../nbs/30_features/38_live.ipynb #dbf14933
 def packed(lake: "Lake", offline: "Lake", root: str | Path, service: Service, *, asof: int) -> Version:
     "A new matrix of a service as of a time (ms), from offline tables that `offline.build` has brought to the lake, put in place of the last. Raises LakeError."
-    laid, version, mark = layout(service), offline.mark(ITEM_WINDOWS.name, "events"), 0
+    version, mark = offline.mark(ITEM_WINDOWS.name, "events"), 0
     if version is not None and version >= 0:
         known = lake.scan("events", version=version).filter(pl.col(KNOWN_TS) <= asof)
         mark = known.select(pl.col(SEQ).max()).collect().item() or 0
-    return pack(root, laid, {v: latest(offline.scan(v), key=ITEM_ID, asof=asof) for v in laid.views}, asof=asof, mark=mark)
+    return refresh(offline.scan, root, [service], asof=asof, mark=mark)[service.name]

@@ -79,7 +79,8 @@ def _since(view: View, lake: Lake, offline: Lake, marks: dict[str, int]) -> int 
     old = {name: offline.mark(view.name, name) for name in marks}
     if old == marks: return None
     if any(old[name] != marks[name] for name in marks if name != "events") or old["events"] in (None, -1): return 0
-    return lake.least_added("events", KNOWN_TS, since=old["events"])
+    least = lake.least_added("events", KNOWN_TS, since=old["events"])
+    return least if not least else -(-least // view.grid_ms) * view.grid_ms - view.grid_ms + 1  # the row of a mark of the grid has all events since the mark before
 
 # %% ../../nbs/30_features/32_offline.ipynb #b191030c
 _N = "__n"
@@ -120,6 +121,7 @@ def build(
     engine: Engine | str = "cpu",
     whole: bool = False,  # make everything anew
     rows_at_once: int = 2_000_000,  # events of a part: what must fit into memory is a few hundred bytes of each
+    work: Path | None = None,  # where the clean events lie for the time, such as `home.work`; by default, where the system has such files
 ) -> dict[str, Built]:
     """Bring the offline tables to the lake; by view, what was done. Each table changes in one commit, with what it was made from; a build that was
     cut off is made up by the next. For one process at a time. Raises NoTimes for events that hold only an order, LakeError."""
@@ -131,17 +133,18 @@ def build(
         if not v.spans and since[v.name] is not None: offline.replace(v.name, [view_rows(v, events=pl.LazyFrame(), items=items).collect()], marks=marks[v.name])
     windowed = [v for v in views if v.spans and since[v.name] is not None]
     for low in sorted({since[v.name] for v in windowed}) if version is not None else ():  # type: ignore[type-var]
-        _write(lake, offline, [v for v in windowed if since[v.name] == low], since=low or 0, marks=marks, engine=engine, rows_at_once=rows_at_once)
+        _write(lake, offline, [v for v in windowed if since[v.name] == low], since=low or 0, marks=marks, engine=engine, rows_at_once=rows_at_once, work=work)
     for v in views:
         if since[v.name] is not None: offline.compact(v.name, keep_days=1)
     return {v.name: Built(v.name, offline.rows(v.name), since[v.name], offline.version(v.name)) for v in views}
 
 
-def _write(lake: Lake, offline: Lake, views: Sequence[View], *, since: int, marks: dict[str, dict[str, int]], engine: Engine | str, rows_at_once: int) -> None:
+def _write(lake: Lake, offline: Lake, views: Sequence[View], *, since: int, marks: dict[str, dict[str, int]], engine: Engine | str, rows_at_once: int,
+           work: Path | None) -> None:
     "Make rows of views anew that need the same events; these are cleaned once, and kept in a file for the time."
     version = marks[views[0].name]["events"]
     require_times(lake.scan("events", version=version))
-    with TemporaryDirectory(prefix="recsys-features-") as folder:
+    with TemporaryDirectory(prefix="recsys-features-", dir=work) as folder:
         file = Path(folder) / "events.parquet"
         _events(lake, version=version, views=views, since=since).sink_parquet(file)
         events, items = pl.scan_parquet(file), lake.scan("items")

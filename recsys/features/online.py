@@ -23,15 +23,20 @@ from urllib.parse import urlsplit
 
 import polars as pl
 import redis
-from feast import FeatureStore
-from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-from feast.protos.feast.types.Value_pb2 import Value
 
 from .definitions import USER_WINDOWS, VIEWS, Service, View, age_ms
-from .store import materializing
+from .store import feast, materializing
 from ..schema import CATEGORY, TS, USER_ID, USER_SEQ
 from ..settings import Home
 from ..telemetry import counter, histogram, logger
+
+# %% ../../nbs/30_features/33_online.ipynb #97d76440
+feast()  # before its names are imported: without torch, and with the environment as it was
+
+# %% ../../nbs/30_features/33_online.ipynb #52ed5b3b
+from feast import FeatureStore
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
 
 # %% ../../nbs/30_features/33_online.ipynb #cb242571
 _SETTER = {pl.Int64(): "int64_val", pl.Float64(): "double_val", pl.String(): "string_val", pl.Boolean(): "bool_val"}
@@ -195,14 +200,20 @@ class Materialised:
     seconds: float
 
 
-def _range(rows: pl.LazyFrame, before: Mapping[str, int] | None) -> tuple[int, int, int, int] | None:
-    "(start, end, rows in the range, rows of the table); None for a table without rows after the mark `before`: {upto, rows}."
+def _range(rows: pl.LazyFrame, before: Mapping[str, int] | None) -> tuple[int, int, int] | None:
+    "(start, end, rows in the range); None for a table without rows after the mark `before`: {upto, rows}."
     upto = before["upto"] if before else -1
     facts = rows.select(pl.len(), pl.col(TS).min().alias("first"), pl.col(TS).max().alias("last"), (pl.col(TS) <= upto).sum().cast(pl.Int64).alias("done")).collect().row(0)
     count, first, last, done = facts
     if not count: return None
-    if before is None or done != before["rows"]: return first, last, count, count
-    return (upto + 1, last, count - done, count) if count > done else None
+    if before is None or done != before["rows"]: return first, last, count
+    return (upto + 1, last, count - done) if count > done else None
+
+
+def _settled(view: View, rows: pl.LazyFrame, end: int) -> dict[str, int]:
+    "The mark after a range: rows of a grid may still gain events at its last two moments, and are carried again."
+    upto = end if view.grid_ms == 1 else end - 2 * view.grid_ms
+    return {"upto": upto, "rows": rows.filter(pl.col(TS) <= upto).select(pl.len()).collect().item()}
 
 # %% ../../nbs/30_features/33_online.ipynb #012e2389
 def materialize(
@@ -220,11 +231,11 @@ def materialize(
     with materializing(store, home):
         kept = _notes(notes)
         for name in views if views is not None else VIEWS:
-            began, span = time.perf_counter(), _range(scan(name), kept.get(name) if incremental else None)
-            start, end, count, total = span or (None, None, 0, 0)
+            began, rows = time.perf_counter(), scan(name)
+            start, end, count = _range(rows, kept.get(name) if incremental else None) or (None, None, 0)
             if start is not None and end is not None:
                 with redirect_stdout(StringIO()): store.materialize(_utc(start), _utc(end), [name])  # it prints
-                kept[name] = {"upto": end, "rows": total}
+                kept[name] = _settled(VIEWS[name], rows, end)
                 _keep(notes, kept)
             out.append(Materialised(name, count, start, end, round(time.perf_counter() - began, 3)))
             logger("recsys.features").info("view materialised", view=name, rows=count, seconds=out[-1].seconds)

@@ -17,6 +17,16 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import redis
+from google.protobuf.timestamp_pb2 import Timestamp
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from .store import feast
+
+# %% ../../nbs/30_features/36_online_stores.ipynb #c5142f14
+feast()  # before its names are imported: without torch, and with the environment as it was
+
+# %% ../../nbs/30_features/36_online_stores.ipynb #d30d07dd
 from feast import Entity, FeatureView, RepoConfig
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.infra.online_stores.helpers import _mmh3, _redis_key, compute_table_id, compute_versioned_name
@@ -24,9 +34,6 @@ from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreCo
 from feast.infra.online_stores.sqlite import SqliteOnlineStore, SqliteOnlineStoreConfig
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
-from google.protobuf.timestamp_pb2 import Timestamp
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 # %% ../../nbs/30_features/36_online_stores.ipynb #b77bbcc0
 Row = tuple[EntityKey, dict[str, Value], datetime, datetime | None]

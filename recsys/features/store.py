@@ -30,11 +30,15 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/30_features/31_store.ipynb #4d72ac21
 def feast() -> ModuleType:
-    "Feast, imported at first use and without torch."
-    if "feast" in sys.modules or "torch" in sys.modules: return importlib.import_module("feast")
-    sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails
+    "Feast, imported at first use, without torch, and with the environment as it was."
+    if "feast" in sys.modules: return importlib.import_module("feast")
+    importlib.import_module("prometheus_client")  # decides now where its values lie
+    before, apart = dict(os.environ), "torch" not in sys.modules
+    if apart: sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails
     try: return importlib.import_module("feast")
-    finally: del sys.modules["torch"]
+    finally:
+        if apart: del sys.modules["torch"]
+        for name in os.environ.keys() - before.keys(): del os.environ[name]
 
 # %% ../../nbs/30_features/31_store.ipynb #46b06b41
 PROJECT = "recsys"
@@ -97,7 +101,7 @@ def config(home: Home, settings: Settings, *, reading: bool = False) -> "RepoCon
                 "schema_mode": "skip" if reading else "auto", "sqlalchemy_config_kwargs": {"echo": False, "connect_args": {"timeout": 30}}}
     made: RepoConfig = feast().RepoConfig(
         project=PROJECT, provider="local", registry=registry, online_store=kept, entity_key_serialization_version=3,
-        offline_store={"type": STORES["offline"], "root": str(home.features / OFFLINE)}, repo_path=str(home.features))
+        offline_store={"type": STORES["offline"], "root": str(home.features / OFFLINE), "spill": str(home.work / "duckdb")}, repo_path=str(home.features))
     return made
 
 # %% ../../nbs/30_features/31_store.ipynb #2dda1072

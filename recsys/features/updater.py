@@ -11,9 +11,9 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
-from feast import FeatureStore
 
 from .definitions import USER_CATEGORY, USER_WINDOWS, View
 from .online import FAILURES, place_of, write_rows
@@ -23,7 +23,10 @@ from ..prep.clean import clean, latest_items
 from ..prep.windows import known_windows
 from ..schema import CATEGORY, EVENT_ID, EVENTS, ITEM_ID, KNOWN_TS, PRICE, QUANTITY, SEQ, TS, TS_IS_ORDER, TYPE, USER_ID, USER_SEQ
 from ..settings import Home, Settings
-from ..telemetry import counter, gauge, logger
+from ..telemetry import counter, gauge, histogram, logger
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
 
 # %% ../../nbs/30_features/39_updater.ipynb #2370dde0
 KEPT = (EVENT_ID, USER_ID, ITEM_ID, TYPE, TS, KNOWN_TS, TS_IS_ORDER, QUANTITY, PRICE, SEQ)  # of an event, in memory
@@ -85,6 +88,7 @@ class _Gauges:
 
     def __init__(self) -> None:
         self.lag = gauge("recsys_features_lag_seconds", "Age of the oldest event that is in the lake and not in its shopper's online row", (), merge="max")
+        self.delay = histogram("recsys_features_delay_seconds", "From the arrival of a shopper's oldest new event to the online row that has it")
         self.waiting = gauge("recsys_features_waiting_users", "Shoppers whose online rows are older than their events", (), merge="max")
         self.events = gauge("recsys_features_memory_events", "Events held to compute rows of shoppers", (), merge="max")
         self.written = counter("recsys_features_written_rows_total", "Rows written to the online store", ("view",))
@@ -171,7 +175,7 @@ class Updater(_Followed):
 
     def __init__(
         self,
-        store: FeatureStore,
+        store: "FeatureStore",
         lake: Lake,
         note: str | Path,  # a file that says which version of the lake is all in the store
         *,
@@ -218,7 +222,10 @@ class Updater(_Followed):
             self._gauges.failed.inc()
             logger("recsys.features").warning("online rows cannot be written; they are tried again", error=str(e), users=self.waiting)
             return rows, True
-        for user in users: del line[user]
+        now = self._clock()
+        for user in users:
+            since = line.pop(user)
+            if line is self._fresh: self._gauges.delay.observe(max(0, now - since) / 1000)
         return rows, False
 
     def _noted(self) -> int | None:

@@ -146,6 +146,12 @@ ADD_EVENT = """INSERT INTO events(event_id, user_id, item_id, type, ts, known_ts
 ADD_IMPRESSION = "INSERT INTO impressions(recommendation_id, ts, body) VALUES (?, ?, ?) ON CONFLICT(recommendation_id) DO NOTHING"
 
 # %% ../../nbs/10_lake/13_eventlog.ipynb #76dd8a33
+def _number(connection: sqlite3.Connection, number: int) -> None:
+    "The last sequence that was given to an event."
+    if connection.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'events'", (number,)).rowcount: return
+    connection.execute("INSERT INTO sqlite_sequence(name, seq) VALUES ('events', ?)", (number,))
+
+
 class _Intake:
     "What goes into a log of two databases."
 
@@ -180,9 +186,13 @@ class _Intake:
         "A sequence that no event of the log will have, after all that have one: the place of what reaches the lake by another way."
         with self._events.write() as connection:
             number = self.last("events") + 1
-            if not connection.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'events'", (number,)).rowcount:
-                connection.execute("INSERT INTO sqlite_sequence(name, seq) VALUES ('events', ?)", (number,))
+            _number(connection, number)
         return number
+
+    def start_above(self, number: int) -> None:
+        "From now on no event gets a sequence up to this one: another log gave these, and what they mean is written down."
+        with self._events.write() as connection:
+            if self.last("events") < number: _number(connection, number)
 
     def record(self, impressions: Sequence[Mapping[str, Any]]) -> None:
         "Store impressions: they outlive this process, but the last of them not a power cut. Raises as `append`."

@@ -255,10 +255,13 @@ def resume(
 
 
 def prune(home: Home, *, keep: int, runs: Path | None = None) -> list[str]:
-    "Delete this home's runs but the newest `keep`, and the work of finished runs but the last; what runs is left alone. Returns the ids."
-    mine = [r for r in runs_of(home, runs=runs) if r.status != "running"]
-    for old in mine[keep:]:
+    "Delete this home's runs but the newest `keep` of each flow, and the work of finished runs but the last; what runs is left alone. Returns the ids."
+    mine, gone = [r for r in runs_of(home, runs=runs) if r.status != "running"], []
+    for flow in dict.fromkeys(r.flow for r in mine):
+        ours = [r for r in mine if r.flow == flow]
+        gone += ours[keep:]
+        for done in [r for r in ours if r.status == "done"][1:]: shutil.rmtree(home.work / done.run_id, ignore_errors=True)
+    for old in gone:
         shutil.rmtree(old.folder, ignore_errors=True)
         shutil.rmtree(home.work / old.run_id, ignore_errors=True)
-    for done in [r for r in mine if r.status == "done"][1:]: shutil.rmtree(home.work / done.run_id, ignore_errors=True)
-    return [r.run_id for r in mine[keep:]]
+    return [r.run_id for r in gone]

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['READS', 'Recent', 'recent', 'Champion', 'champion', 'quarantine', 'disk', 'Part', 'gateway', 'writer', 'writer_lag',
-           'Snapshot', 'snapshot', 'freshness']
+           'Features', 'features', 'features_part', 'Snapshot', 'snapshot', 'freshness']
 
 # %% ../../nbs/70_ops/73_monitor.ipynb #6629d86c
+import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ from pathlib import Path
 import httpx
 import polars as pl
 
+from ..features.definitions import RETRIEVAL_V1
+from ..features.items import Version, pointed
+from ..features.store import ITEMS
 from ..lake.eventlog import SQLiteEventLog
 from ..lake.records import EventLog, Stream
 from ..lake.tables import Lake
@@ -146,6 +151,45 @@ def writer_lag(streams: Iterable[Recent], *, now: int) -> int:
     "Age in ms of the oldest row that is not yet in the lake; 0 when none waits."
     return max((now - s.oldest for s in streams if s.oldest is not None), default=0)
 
+# %% ../../nbs/70_ops/73_monitor.ipynb #c9a580b1
+@dataclass(frozen=True)
+class Features:
+    "How the features stand."
+
+    behind_ms: int | None  # age of the oldest event that its shopper's online row lacks; None where no gateway tells it
+    items_asof: int | None  # ms UTC: as of when the item matrix in use was made; None without one
+    compared: int  # values that the last check compared
+    mismatches: int  # of these, values that differ from the lake's
+    checked: int | None  # ms UTC; None before the first check
+
+
+def features(home: Home, ran: Iterable[flows.RunResult], *, url: str | None = None) -> Features:
+    "Read how the features stand, from the item matrix, the newest of the runs (the newest first) that has compared, and the gateway at `url`."
+    name = pointed(home.features / ITEMS, RETRIEVAL_V1.name)
+    asof, behind = Version.parse(name).asof if name else None, _behind(url) if url else None
+    for run in ran:
+        for n, step in enumerate(run.steps, 1):
+            if step.name != "features" or step.status != "done" or step.started is None: continue
+            try: found = json.loads((Path(run.folder) / f"{n:02}_features.json").read_text())
+            except (OSError, ValueError): continue
+            return Features(behind, asof, found["compared"], found["mismatches"], step.started + round(1000 * (step.seconds or 0)))
+    return Features(behind, asof, 0, 0, None)
+
+
+def _behind(url: str) -> int | None:
+    try: text = httpx.get(f"{url}/metrics", timeout=1.0, trust_env=False).text
+    except httpx.HTTPError: return None
+    found = re.search(r"^recsys_features_lag_seconds(?:{.*})? (\S+)$", text, re.M)
+    return round(1000 * float(found[1])) if found else None
+
+
+def features_part(seen: Features, *, late_ms: int = 15_000) -> Part:
+    "Down while a served value differs from the lake's; late while online rows are."
+    if seen.mismatches: return Part("features", "down", f"{seen.mismatches:,} of {seen.compared:,} values served differ from the lake: recsys features parity")
+    if seen.items_asof is None: return Part("features", "none", "no item matrix yet: recsys features materialize")
+    if (seen.behind_ms or 0) > late_ms: return Part("features", "late", f"online rows are {(seen.behind_ms or 0) / 1000:.0f} s behind the lake: see writer.log")
+    return Part("features", "ok", f"{seen.compared:,} values compared with the lake, none differs" if seen.checked else "not compared yet")
+
 # %% ../../nbs/70_ops/73_monitor.ipynb #3be37486
 @dataclass(frozen=True)
 class Snapshot:
@@ -163,6 +207,7 @@ class Snapshot:
     click_through: dict[str, Rate]
     champion: Champion | None
     retrain: flows.RunResult | None  # the last run
+    features: Features
     events: Recent
     impressions: Recent
     lag_ms: int
@@ -186,13 +231,15 @@ def snapshot(
     finally: log.close()
     titles = lake.scan("items").sort(TS).group_by(ITEM_ID).agg(pl.col(TITLE).last()).collect()
     serving, model = _serving(home.registry)
+    ran = flows.runs_of(home, runs=runs)
+    stand = features(home, ran, url=gateway_url)
     parts = [] if gateway_url is None else [gateway(gateway_url)]
-    parts += [writer((events, shown), now=now), model]
+    parts += [writer((events, shown), now=now), features_part(stand), model]
     return Snapshot(
         now, window_ms, tuple(parts), traffic(events.rows, now=now, window_ms=window_ms), per_minute(events.rows[KNOWN_TS], now=now),
         per_minute(shown.rows[TS], now=now), shown.rows.height, latency(shown.rows), recommended(shown.rows, titles, top=top),
-        click_through(shown.rows, events.rows), serving, next((r for r in flows.runs_of(home, runs=runs) if r.flow == "retrain"), None),
-        events, shown, writer_lag((events, shown), now=now), lake.rows("events"), quarantine(lake), disk(home))
+        click_through(shown.rows, events.rows), serving, next((r for r in ran if r.flow == "retrain"), None),
+        stand, events, shown, writer_lag((events, shown), now=now), lake.rows("events"), quarantine(lake), disk(home))
 
 
 def _serving(registry: Path) -> tuple[Champion | None, Part]:
@@ -210,6 +257,8 @@ def freshness(seen: Snapshot) -> pl.DataFrame:  # what, at (ms UTC or null), age
     rows = [("event received", received),
             ("event in the lake", seen.events.in_lake),
             ("recommendation in the lake", seen.impressions.in_lake),
+            ("features compared", seen.features.checked),
+            ("item features as of", seen.features.items_asof),
             ("retrain started", seen.retrain.started if seen.retrain else None),
             ("model trained", seen.champion.created if seen.champion else None),
             ("model promoted", seen.champion.promoted if seen.champion else None)]

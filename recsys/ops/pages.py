@@ -124,6 +124,7 @@ def tiles(seen: Snapshot) -> str:
         tile("Events now", number(seen.events_per_minute), "per min", f"{seen.events_in_lake:,} in the lake", key="events"),
         tile("Writer lag", duration(seen.lag_ms) if seen.lag_ms else "none", "", f"{seen.events.waiting + seen.impressions.waiting:,} rows on their way",
              state=state["writer"], key="lag"),
+        _features_tile(seen, state["features"]),
         *_model_tiles(seen),
         tile("Answered by a click", share(clicks.rate), "", f"95 %: {share(clicks.low)} to {share(clicks.high)}" if clicks.of
              else "no recommendations yet", state="ok" if clicks.of else "none", key="ctr"),
@@ -131,6 +132,15 @@ def tiles(seen: Snapshot) -> str:
              if seen.retrain and seen.retrain.seconds else "no retrain on record", key="disk"))) + "</div>"
 
 # %% ../../nbs/70_ops/77_pages.ipynb #1a8af0c5
+def _features_tile(seen: Snapshot, state: str) -> str:
+    "How far online rows are behind, how old the items' features are, and whether what was served is what the lake says."
+    of = seen.features
+    lag = "–" if of.behind_ms is None else duration(of.behind_ms) if of.behind_ms else "none"
+    items = f"items {duration(seen.now - of.items_asof)} old" if of.items_asof else "no item matrix yet"
+    same = f"parity: {of.mismatches:,} of {of.compared:,} differ" if of.checked else "not compared yet"
+    return tile("Feature lag", lag, "", f"{items}; {same}", state=state, key="features")
+
+
 def _model_tiles(seen: Snapshot) -> tuple[str, str]:
     "The model's age, and how good it was in the offline test."
     model = seen.champion

@@ -29,7 +29,7 @@ import httpx
 import polars as pl
 
 from ..lake.eventlog import SQLiteEventLog
-from ..lake.ingest import Report, ingest
+from ..lake.ingest import Report, continue_numbers, ingest
 from ..lake.tables import Lake
 from ..lake.vault import Vault
 from ..models import bundle
@@ -142,6 +142,13 @@ def retrain(home: Home, settings: Settings, *, progress: Progress | None = None)
     return found
 
 
+def _continue(home: Home, settings: Settings) -> None:
+    "Before events come in: the numbers of a log that is new, or an older copy, go on where the lake's end."
+    log = SQLiteEventLog(home.eventlog, history=settings.eventlog.history)
+    try: continue_numbers(Lake(home.lake), log)
+    finally: log.close()
+
+
 def prepare(home: Home, settings: Settings, *, demo: Size | None, data: Path | None, format: str | None, now: int, say: Callable[[str], object],
             progress: Progress | None = None) -> Path:
     "Bring the home to where it can serve: events in the lake and a champion. Returns the champion's bundle; does nothing twice."
@@ -153,6 +160,7 @@ def prepare(home: Home, settings: Settings, *, demo: Size | None, data: Path | N
         news = report.accepted
         say(told(report))
     elif demo is not None: fill_demo(home, settings, size=demo, now=now, progress=progress)
+    _continue(home, settings)
     if not Lake(home.lake).rows("events"):
         raise PlatformError(f"{home.path} holds no events: start with recsys up --demo, or with --data FILE --format NAME")
     found = bundle.champion(home.registry)
