@@ -93,9 +93,7 @@ def test_each_fault_of_a_row_has_its_answer_and_its_counter(place: tuple[Home, S
     assert gap is not None and gap.values["user_carts_per_views_1d"] is None and gap.values["user_views_1d"] == 0 and gap.user_seq == 0
 
 
-def test_an_unknown_shopper_is_counted_as_one(place: tuple[Home, Settings], request: pytest.FixtureRequest):
-    if place[1].features.online != "sqlite":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="Feast's Redis read says 1970 for a row that is not there: counted as stale"))
+def test_an_unknown_shopper_is_counted_as_one(place: tuple[Home, Settings]):
     reader, seen = Reader(open_store(*place), ALL), Counted()
     reader.user("nobody", now=T0)
     assert seen.rose() == {"user_windows:unknown": 1}

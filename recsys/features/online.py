@@ -164,7 +164,7 @@ class Reader:
         "One row as the definitions say."
         view, out = source.view, dict(source.defaults)
         ts = None if when is None else round(when.timestamp() * 1000)
-        if ts is None or values is None: return self._default(view, "unknown", out)
+        if not ts or values is None: return self._default(view, "unknown", out)  # Feast's Redis says 1970 of a row that is not there
         if not view.fresh(now, ts): return self._default(view, "stale", out)
         if ts > now: self._counts.skewed.labels(view.name).inc()
         for name in source.names:
