@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-import recsys
+from . import harness
 from .harness import BenchError, machine
 from ..features.definitions import CREATED, EVENT_TIMESTAMP, ITEM_WINDOWS, RANKER_V1, TABLES, USER_WINDOWS, Service, View
 from ..features.items import Layout, pack
@@ -145,7 +145,7 @@ def settings_of(home: Home, online: str) -> Settings:
 @contextmanager
 def child_of(code: str, *words: object) -> Iterator[subprocess.Popen[str]]:
     "A Python with this package."
-    env = {**os.environ, "PYTHONPATH": str(Path(recsys.__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(harness.__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as child:
         try: yield child
         finally:
