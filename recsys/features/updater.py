@@ -60,13 +60,14 @@ class _Memory:
         last = there.group_by(USER_ID, CATEGORY).agg(pl.col(KNOWN_TS).max().alias("last"))
         new = events.join(there, on=EVENT_ID, how="anti").join(last, on=(USER_ID, CATEGORY), how="left", nulls_equal=True)
         noted = pl.Series([self.places.get(u, 0) for u in new[USER_ID]], dtype=pl.Int64)
-        old = (_own() <= pl.col("last").fill_null(0) - SPAN_MS) | (pl.col(KNOWN_TS) <= now - TTL_MS)
+        old = ((_own() <= pl.col("last").fill_null(0) - SPAN_MS) & (pl.col(KNOWN_TS) < pl.col("last"))) | (pl.col(KNOWN_TS) <= now - TTL_MS)
         return new.filter(~old | (pl.col(SEQ).fill_null(0) > noted)).drop("last")
 
     def prune(self, *, now: int) -> None:
         "Let go of what no row can need."
         last = pl.col(KNOWN_TS).max().over(USER_ID, CATEGORY)
-        marked = self.events.with_columns(((_own() > last - SPAN_MS) & (last > now - TTL_MS)).alias("keep"))
+        counts = (_own() > last - SPAN_MS) | (pl.col(KNOWN_TS) == last)  # one that came too late for any window still gives its row the time
+        marked = self.events.with_columns((counts & (last > now - TTL_MS)).alias("keep"))
         gone = marked.filter(~pl.col("keep"), pl.col(SEQ) > 0).group_by(USER_ID).agg(pl.col(SEQ).max())
         for user, place in gone.iter_rows(): self.places[user] = max(place, self.places.get(user, 0))
         self.events = marked.filter("keep").drop("keep").rechunk()
