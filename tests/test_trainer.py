@@ -86,6 +86,7 @@ def test_one_and_two_processes_have_one_loss(tmp_path: Path):
     assert one["losses"][-1] < 0.6 * one["losses"][0] and abs(one["norm"] - two["norm"]) < 1e-2
 
 
+@pytest.mark.long  # two trainings and two restarts of torchrun: minutes on a busy machine
 def test_killed_in_an_epoch_and_restarted_it_ends_as_if_nothing_had_been(tmp_path: Path):
     calm = launched(tmp_path / "calm", 2, epochs=3, dropout=0.1)
     pids, folder = tmp_path / "pids", tmp_path / "killed"
