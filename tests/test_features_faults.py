@@ -8,12 +8,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from feature_home import home_of
 
 from recsys.features.definitions import ITEM_WINDOWS, RETRIEVAL_V1, TABLES, USER_WINDOWS, Service
 from recsys.features.items import Items, Layout, pack
@@ -21,7 +21,7 @@ from recsys.features.live import LiveFeatures
 from recsys.features.online import Breaker, Reader, _Counts, write_rows
 from recsys.features.store import ONLINE, REGISTRY, open_store
 from recsys.schema import ITEM_ID, TS, USER_ID
-from recsys.settings import Home, Settings, load
+from recsys.settings import Home, Settings
 from recsys.synth import DAY, HOUR, T0
 
 REDIS = shutil.which("redis-server") or shutil.which("valkey-server")
@@ -41,12 +41,6 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, str]]:
     yield process, f"redis://127.0.0.1:{port}/0"
     process.kill()
     process.wait()
-
-
-def home_of(path: Path, online: str = "sqlite") -> tuple[Home, Settings]:
-    home = Home.open(path / "home")
-    settings = load(home=home.path)
-    return home, replace(settings, features=replace(settings.features, online=online))
 
 
 @pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])

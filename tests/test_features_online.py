@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from feast.feature_view import FeatureViewState
 from feast.protos.feast.core.FeatureView_pb2 import FeatureView as FeatureViewProto
+from feature_home import home_of
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -37,7 +38,7 @@ from recsys.features.store import PASSWORD, REGISTRY, StoreError, open_store
 from recsys.features.updater import Updater
 from recsys.lake.tables import Lake
 from recsys.schema import CATEGORY, EVENT_ID, EVENTS, ITEM_ID, ITEMS, KNOWN_TS, PRICE, QUANTITY, SEQ, TS, TS_IS_ORDER, TYPE, USER_ID
-from recsys.settings import Home, Settings, load
+from recsys.settings import Home, Settings
 from recsys.synth import DAY, HOUR, T0, shop
 
 NOW = T0 + 40 * DAY
@@ -81,12 +82,6 @@ def redis_server(tmp_path: Path) -> Iterator[Server]:
     server.start()
     yield server
     server.stop()
-
-
-def home_of(path: Path, online: str = "sqlite") -> tuple[Home, Settings]:
-    home = Home.open(path / "home")
-    settings = load(home=home.path)
-    return home, replace(settings, features=replace(settings.features, online=online))
 
 
 @pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])

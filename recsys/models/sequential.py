@@ -77,7 +77,7 @@ class Sequential:
         states = self.states(histories, sides)
         table, hidden = self.forward.compared, np.flatnonzero(~self.offered)
         out = np.empty((len(states), len(table)), np.float32)
-        for i in range(0, len(out), 128):  # what is in the cache goes through all steps: 3 times as fast as whole arrays
+        for i in range(0, len(out), 128):  # what is in the cache goes through all steps
             part = np.matmul(states[i:i + 128], table.T, out=out[i:i + 128])
             part[:, hidden] = -np.inf
             part -= np.maximum(part.max(1, keepdims=True), np.float32(-1e30))
