@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9][0-9][0-9]_*.ipynb"))
 
 
 def number_of(module: str, numbers: dict[str, int]) -> int | None:
@@ -37,12 +37,12 @@ def imports(path: Path) -> list[str]:
     return [n for n in names if n.split(".")[0] == "recsys" and n != "recsys.__version__"]
 
 
-NUMBERS = {m: int(p.name[:2]) for p in NOTEBOOKS if (m := exported(p))}
+NUMBERS = {m: int(p.name[:3]) for p in NOTEBOOKS if (m := exported(p))}
 
 
 def test_every_notebook_has_a_number_of_its_own():
-    assert len({p.name[:2] for p in NOTEBOOKS}) == len(NOTEBOOKS)
-    assert all(int(p.parent.name[:2]) == int(p.name[0]) * 10 for p in NOTEBOOKS), "a notebook lies in the folder of its tens"
+    assert len({p.name[:3] for p in NOTEBOOKS}) == len(NOTEBOOKS)
+    assert all(int(p.parent.name[:3]) == int(p.name[0]) * 100 for p in NOTEBOOKS), "a notebook lies in the folder of its hundreds"
 
 
 @pytest.mark.parametrize("module", sorted(NUMBERS))
