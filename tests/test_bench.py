@@ -14,7 +14,7 @@ from recsys import settings as settings_module
 from recsys.bench import harness
 from recsys.bench import prep as bench
 from recsys.bench.harness import BenchError, Run, exponent, in_turns, measured, summary
-from recsys.cli import app
+from recsys.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 EQUAL = "import runpy, sys; sys.argv[0] = {peer!r}; runpy.run_path({peer!r}, run_name='__main__')\n"

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from recsys.bench import feature_stores, features
 from recsys.bench.features import RULES, BenchError, Sizes, judged
-from recsys.bench_cli import bench_app
+from recsys.cli.bench import bench_app
 
 TINY = Sizes(users=40, reads=20, seconds=0.5, pushed=40, candidates=20, slates=2, rows=50, frame=400, feast_frame=100, matrix=500)
 ONLINE = {name for name in RULES if not name.startswith(("training", "item"))}

@@ -277,7 +277,7 @@ def test_the_password_comes_from_the_keys_folder(home: Home):
 
 
 def recsys(home: Home, *words: str) -> tuple[int, dict]:
-    done = subprocess.run([sys.executable, "-c", "from recsys.cli import main; main()", "features", *words, "--json"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", "from recsys.cli.main import main; main()", "features", *words, "--json"], capture_output=True, text=True,
                           env={**ENV, "RECSYS_HOME": str(home.path)})
     return done.returncode, json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -13,7 +13,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from recsys import fit_cli, offline
+from recsys.cli import fit as fit_cli
+from recsys.cli import offline
 from recsys.models import blend, recipes, release
 from recsys.training import protocols
 from recsys.training.protocols import FileError

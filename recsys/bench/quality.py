@@ -95,7 +95,7 @@ def prefixes(histories: Sequence[Sequence[str]], targets: Sequence[str], vocab: 
     return Cases(users, coded.keep(coded.values > 0), wanted, seen, None, vocab, popular, f"{len(targets)} prefixes")
 
 # %% ../../nbs/800_bench/830_quality.ipynb #ffe37ddd
-COMMAND = "import typer; from recsys.fit_cli import mount; app = typer.Typer(); mount(app); app()"  # `recsys fit` by itself
+COMMAND = "import typer; from recsys.cli.fit import mount; app = typer.Typer(); mount(app); app()"  # `recsys fit` by itself
 
 
 def command(task: Task, file: Path, out: Path, *, seed: int, minutes: float, model: str) -> list[str]:

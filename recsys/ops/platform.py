@@ -174,7 +174,7 @@ def overridden(settings: Settings, *, port: int | None = None, dashboard_port: i
     return load(home=settings.platform.home)
 
 
-PROGRAM = "from recsys.cli import main; main()"
+PROGRAM = "from recsys.cli.main import main; main()"
 
 
 def processes(home: Home, settings: Settings) -> list[supervise.Process]:
