@@ -101,10 +101,52 @@ def test_impressions_come_back_whole(log: SQLiteEventLog):
 
 
 def test_a_stream_has_a_name_and_a_log_an_identity(log: SQLiteEventLog, tmp_path: Path):
-    with pytest.raises(ValueError, match="must be events or impressions"): log.read("clicks", after=0, limit=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be one of events, impressions, items"): log.read("clicks", after=0, limit=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be 1 or more"): SQLiteEventLog(tmp_path / "x", history=0)
     again, other = SQLiteEventLog(tmp_path / "log"), SQLiteEventLog(tmp_path / "other")
     assert again.identity("events") == log.identity("events") not in (log.identity("impressions"), other.identity("events"))
+
+
+# -- the catalogue's changes
+
+def item(name: str, ts: int, **more) -> dict: return {"item_id": name, "price": 8.0, "in_stock": True, "ts": T0 + ts, **more}
+
+
+def test_the_last_change_that_was_put_is_the_latest_version_whatever_clocks_do(log: SQLiteEventLog):
+    assert log.put([item("mug", 10), item("pot", 10), item("mug", 10, price=7.0), item("mug", 3, price=6.0)]).accepted == 4
+    assert log.put([item("mug", 12, price=5.0), item("mug", 100, price=4.0)]).last_seq == 6
+    mugs = [(seq, row["price"], row["ts"] - T0) for seq, row in everything(log, "items") if row["item_id"] == "mug"]
+    assert mugs == [(1, 8.0, 10), (3, 7.0, 11), (4, 6.0, 12), (5, 5.0, 13), (6, 4.0, 100)]
+    assert everything(log, "items", limit=1)[1] == (2, item("pot", 10)) and log.depth("items", after=2) == 4 and log.last("items") == 6
+
+
+def test_a_change_that_changes_nothing_is_not_stored_again(log: SQLiteEventLog):
+    feed = [item(f"i{n}", 0, title="чашка ☕", attributes='{"a": 1}') for n in range(50)]
+    assert log.put(feed).accepted == 50
+    again = log.put([{**i, "ts": T0 + 5000} for i in feed[:49]] + [{**feed[49], "ts": T0 + 5000, "in_stock": False}])
+    assert (again.accepted, again.duplicates, again.last_seq) == (1, 49, 51)
+    assert log.put([{**feed[49], "ts": T0 + 6000}]).accepted == 1 and len(everything(log, "items")) == 52  # back to what it was: a change
+
+
+@pytest.mark.parametrize("change,names", [({"item_id": None}, "item_id"), ({"price": "8"}, "price"), ({"colour": "red"}, "colour"), ({"item_id": "\ud800"}, "surrogate")])
+def test_an_item_that_the_lake_would_refuse_is_refused(log: SQLiteEventLog, change: dict, names: str):
+    with pytest.raises(RecordError, match=names): log.put([item("mug", 0), {**item("pot", 0), **change}])
+    assert log.depth("items", after=0) == 0
+
+
+def test_the_latest_version_of_every_item_stays_and_reading_from_anywhere_gives_the_state(log: SQLiteEventLog):
+    rng, now = random.Random(0), {}
+    for n in range(300):
+        one = item(f"i{rng.randrange(40)}", n, price=float(n))
+        log.put([one])
+        now[one["item_id"]] = one["price"]
+        if n % 60 == 50: log.trim("items", upto=rng.randrange(n), before_ts=T0 + n - 20)
+    recent = {row["item_id"] for seq, row in everything(log, "items") if row["ts"] >= T0 + 280}
+    assert log.trim("items", upto=300, before_ts=T0 + 280) > 0 == log.trim("items", upto=300, before_ts=T0 + 280)
+    state = {row["item_id"]: row["price"] for _, row in everything(log, "items")}
+    assert state == now and len(everything(log, "items")) <= 60 and recent
+    since = {row["item_id"]: row["price"] for _, row in log.read("items", after=250, limit=1000)}
+    assert since == {i: p for i, p in now.items() if p >= 250}
 
 
 # -- history
@@ -317,12 +359,13 @@ def test_a_commit_is_on_disk_and_an_impression_with_the_system(log: SQLiteEventL
 def test_group_commit_answers_each_sender_for_itself(log: SQLiteEventLog):
     async def go():
         group = GroupCommit(log)
-        answers = await asyncio.gather(*(group.append([event(n), event(n // 2)]) for n in range(100)), group.record([shown(1)]), group.record([shown(2)]))
+        answers = await asyncio.gather(*(group.append([event(n), event(n // 2)]) for n in range(100)), group.record([shown(1)]), group.record([shown(2)]),
+                                       *(group.put([item(f"i{n % 10}", n, price=float(n))]) for n in range(50)))
         group.close()
         return answers
     answers = asyncio.run(go())[:100]
     assert sum(a.accepted for a in answers) == 100 == log.depth("events", after=0) and all(a.accepted + a.duplicates == 2 for a in answers)
-    assert log.depth("impressions", after=0) == 2
+    assert log.depth("impressions", after=0) == 2 and [row["price"] for _, row in everything(log, "items")] == [float(n) for n in range(50)]
 
 
 def test_a_bad_record_spoils_nobody_elses_commit(log: SQLiteEventLog):

@@ -42,6 +42,9 @@ def events(first: int, count: int, **more) -> list[dict]:
 def shown(first: int, count: int) -> list[dict]: return [{"recommendation_id": f"r{n}", "ts": T0 + n, "slots": []} for n in range(first, first + count)]
 
 
+def changed(first: int, count: int) -> list[dict]: return [{"item_id": f"i{n % 50}", "price": float(n), "ts": T0 + n} for n in range(first, first + count)]
+
+
 def ids(lake: Lake, table: str = "events") -> list[str]:
     return sorted(lake.scan(table).collect()["event_id" if table == "events" else "recommendation_id"])
 
@@ -82,7 +85,7 @@ for n in range(14):
 @pytest.mark.parametrize("moment,times", [("before the commit", 1), ("before the commit", 4), ("after the commit", 1), ("after the commit", 4), ("before the trim", 1),
                                           ("in the trim", 1), ("in the trim", 2), ("in the compaction", 1)])
 def test_killed_at_any_moment_nothing_is_lost_or_doubled(log: SQLiteEventLog, lake: Lake, tmp_path: Path, moment: str, times: int):
-    log.append(events(0, 330)); log.record(shown(0, 330))
+    log.append(events(0, 330)); log.record(shown(0, 330)); log.put(changed(0, 330))
     histories = {f"u{n}": log.history(f"u{n}") for n in range(7)}
     victim = subprocess.run([sys.executable, "-c", VICTIM, str(tmp_path), moment, str(times)], timeout=120)
     assert victim.returncode == -signal.SIGKILL
@@ -90,7 +93,8 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled(log: SQLiteEventLog, la
     subprocess.run([sys.executable, "-c", VICTIM, str(tmp_path), "never", "0"], timeout=120, check=True)
     assert ids(lake) == sorted(f"e{n}" for n in range(370))
     assert ids(lake, "impressions") == sorted(f"r{n}" for n in range(330))
-    assert log.depth("events", after=0) == 0 == log.depth("impressions", after=0)
+    assert lake.scan("items").collect()["price"].sort().to_list() == [float(n) for n in range(330)]
+    assert log.depth("events", after=0) == 0 == log.depth("impressions", after=0) and [row["price"] for _, row in log.read("items", after=0, limit=99)] == list(range(280, 330))
     assert {user: log.history(user).item_ids[:40] for user in histories} == {user: h.item_ids[:40] for user, h in histories.items()}
 
 
@@ -136,14 +140,17 @@ def test_what_went_in_is_what_comes_out(log: SQLiteEventLog, lake: Lake):
     slots = [{"item_id": "чашка ☕", "score": 0.5, "rank": 1, "source": "popular", "propensity": 0.25}]
     log.append([*EVENTS, *events(0, 1, user_id="'; DROP TABLE events; --", context='{"page": "☕"}', price=0.1, ts_is_order=False)])
     log.record([{"recommendation_id": "r", "ts": T0, "slots": slots, "user_id": None, "features": "{}"}, {"recommendation_id": "s", "ts": T0}])
+    item = {"item_id": "чашка ☕", "title": "a\0b", "price": 0.1, "in_stock": False, "attributes": '{"a": "☕"}', "ts": T0}
+    log.put([item])
     writer = Writer(log, lake, clock=lambda: T0)
-    assert writer.step() == Moved(24, 2) and writer.step() == Moved(0, 0)
+    assert writer.step() == Moved(24, 2, 1) and writer.step() == Moved(0, 0, 0)
     there = lake.scan("events").sort("seq").collect()
     assert there["seq"].to_list() == list(range(1, 25))
     assert there.head(23).drop("seq").sort("event_id").equals(shop().events.drop("seq").sort("event_id"))
     row = lake.scan("events").filter(pl.col("event_id") == "e0").collect().to_dicts()[0]
     assert row["user_id"] == "'; DROP TABLE events; --" and row["price"] == 0.1 and row["context"] == '{"page": "☕"}' and row["session_id"] is None
     assert lake.scan("impressions").sort("recommendation_id").collect()["slots"].to_list() == [slots, None]
+    assert {k: v for k, v in lake.scan("items").collect().to_dicts()[0].items() if v is not None} == item
 
 
 def test_a_new_log_beside_an_old_lake_is_not_taken_for_the_old_one(log: SQLiteEventLog, lake: Lake, tmp_path: Path):
@@ -184,7 +191,7 @@ def test_a_broken_lake_costs_nothing_but_time(log: SQLiteEventLog, lake: Lake):
     assert lake.rows("impressions") == 5 and metric("recsys_writer_waiting_records", "impressions") == 0
     table.unlink()
     aside.rename(table)
-    assert writer.step() == Moved(20, 0) and ids(lake) == sorted(f"e{n}" for n in range(50))
+    assert writer.step() == Moved(20, 0, 0) and ids(lake) == sorted(f"e{n}" for n in range(50))
     assert metric("recsys_writer_waiting_records", "events") == 0 == metric("recsys_writer_lag_seconds", "events")
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUSY_MS', 'WAL_PAGES', 'REMEDIES', 'Moment', 'EVENT_TABLES', 'PACKED', 'SINCE', 'RECENT', 'IMPRESSION_TABLES',
-           'ADD_EVENT', 'ADD_IMPRESSION', 'USERS', 'ROWS', 'SPAN', 'FEW', 'SQLiteEventLog']
+           'ITEM_TABLES', 'ADD_EVENT', 'ADD_IMPRESSION', 'LATEST', 'ADD_ITEM', 'ADD', 'USERS', 'ROWS', 'SPAN', 'FEW',
+           'SQLiteEventLog']
 
 # %% ../../nbs/100_lake/130_eventlog.ipynb #6dfebaf7
 import fcntl
@@ -24,7 +25,7 @@ import msgspec
 import polars as pl
 
 from .records import Busy as Busy, EventLog as EventLog, GroupCommit as GroupCommit, RecordError as RecordError
-from .records import Appended, EventLogError, History, Row, Stream, event_rows, impression_rows, key_of
+from .records import Appended, EventLogError, History, Row, Stream, event_rows, impression_rows, item_rows, key_of
 from ..schema import ITEM_ID, KNOWN_TS, TS, TYPE, USER_ID
 
 # %% ../../nbs/100_lake/130_eventlog.ipynb #2d3ac004
@@ -141,9 +142,15 @@ def _fold(connection: sqlite3.Connection, key: bytes, moments: Sequence[Moment],
 # %% ../../nbs/100_lake/130_eventlog.ipynb #39b10e9a
 IMPRESSION_TABLES = ("""CREATE TABLE IF NOT EXISTS impressions(seq INTEGER PRIMARY KEY AUTOINCREMENT, recommendation_id BLOB NOT NULL UNIQUE,
                         ts INTEGER NOT NULL, body BLOB NOT NULL)""",)
+ITEM_TABLES = ("""CREATE TABLE IF NOT EXISTS items(seq INTEGER PRIMARY KEY AUTOINCREMENT, item_id BLOB NOT NULL, ts INTEGER NOT NULL, body BLOB NOT NULL)""",
+               "CREATE INDEX IF NOT EXISTS versions ON items(item_id, seq)")
 ADD_EVENT = """INSERT INTO events(event_id, user_id, item_id, type, ts, known_ts, body) VALUES (?, ?, ?, ?, ?, ?, ?)
                ON CONFLICT(event_id) DO NOTHING"""
 ADD_IMPRESSION = "INSERT INTO impressions(recommendation_id, ts, body) VALUES (?, ?, ?) ON CONFLICT(recommendation_id) DO NOTHING"
+LATEST = "FROM items WHERE item_id = ?1 ORDER BY seq DESC LIMIT 1"
+ADD_ITEM = f"""INSERT INTO items(item_id, ts, body) SELECT ?1, max(?2, coalesce((SELECT ts + 1 {LATEST}), ?2)), ?3
+               WHERE ?3 IS NOT (SELECT body {LATEST})"""  # noqa: S608
+ADD: dict[Stream, str] = {"events": ADD_EVENT, "impressions": ADD_IMPRESSION, "items": ADD_ITEM}
 
 # %% ../../nbs/100_lake/130_eventlog.ipynb #76dd8a33
 def _number(connection: sqlite3.Connection, number: int) -> None:
@@ -153,7 +160,7 @@ def _number(connection: sqlite3.Connection, number: int) -> None:
 
 
 class _Intake:
-    "What goes into a log of two databases."
+    "What goes into a log: a database for each stream."
 
     def __init__(self, folder: str | Path, *, history: int = 200):
         if history < 1: raise ValueError(f"history = {history}: must be 1 or more events a user")
@@ -162,10 +169,12 @@ class _Intake:
         self._most = history
         self._events = _Database(folder / "events.sqlite", synchronous="FULL", tables=EVENT_TABLES)
         self._impressions = _Database(folder / "impressions.sqlite", synchronous="NORMAL", tables=IMPRESSION_TABLES)
+        self._items = _Database(folder / "items.sqlite", synchronous="FULL", tables=ITEM_TABLES)
+        self._streams: dict[Stream, _Database] = {"events": self._events, "impressions": self._impressions, "items": self._items}
 
     def _of(self, stream: Stream) -> _Database:
-        if stream not in ("events", "impressions"): raise ValueError(f"stream {stream!r}: must be events or impressions")
-        return self._events if stream == "events" else self._impressions
+        if stream not in self._streams: raise ValueError(f"stream {stream!r}: must be one of {', '.join(self._streams)}")
+        return self._streams[stream]
 
     def last(self, stream: Stream) -> int:
         "The last sequence that was given to a record, trimmed ones included; 0 before the first."
@@ -173,13 +182,21 @@ class _Intake:
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> Appended:
         "Store events durably. Raises RecordError for a record that the log refuses, EventLogError when nothing could be stored."
-        return self.commit([event_rows(events)])[0]
+        return self.commit("events", [event_rows(events)])[0]
 
-    def commit(self, batches: Sequence[Sequence[Row]]) -> list[Appended]:
-        "Store batches of `event_rows` in one durable commit: an answer for each batch, or EventLogError for all."
-        with self._events.write() as connection:
-            accepted = [max(connection.executemany(ADD_EVENT, rows).rowcount, 0) for rows in batches]
-            last = self.last("events")
+    def record(self, impressions: Sequence[Mapping[str, Any]]) -> Appended:
+        "Store impressions: they outlive this process, but the last of them not a power cut. Raises as `append`."
+        return self.commit("impressions", [impression_rows(impressions)])[0]
+
+    def put(self, items: Sequence[Mapping[str, Any]]) -> Appended:
+        "Store changes of the catalogue durably, each at a time after the item's last; one that changes nothing is a duplicate. Raises as `append`."
+        return self.commit("items", [item_rows(items)])[0]
+
+    def commit(self, stream: Stream, batches: Sequence[Sequence[Row]]) -> list[Appended]:
+        "Store batches of rows in one commit: an answer for each batch, or EventLogError for all."
+        with self._of(stream).write() as connection:
+            accepted = [max(connection.executemany(ADD[stream], rows).rowcount, 0) for rows in batches]
+            last = self.last(stream)
         return [Appended(n, len(rows) - n, last) for n, rows in zip(accepted, batches, strict=True)]
 
     def reserve(self) -> int:
@@ -193,16 +210,6 @@ class _Intake:
         "From now on no event gets a sequence up to this one: another log gave these, and what they mean is written down."
         with self._events.write() as connection:
             if self.last("events") < number: _number(connection, number)
-
-    def record(self, impressions: Sequence[Mapping[str, Any]]) -> None:
-        "Store impressions: they outlive this process, but the last of them not a power cut. Raises as `append`."
-        self.commit_impressions([impression_rows(impressions)])
-
-    def commit_impressions(self, batches: Sequence[Sequence[Row]]) -> list[None]:
-        "Store batches of `impression_rows` in one commit."
-        with self._impressions.write() as connection:
-            for rows in batches: connection.executemany(ADD_IMPRESSION, rows)
-        return [None] * len(batches)
 
 # %% ../../nbs/100_lake/130_eventlog.ipynb #9f73c61b
 class _Questions(_Intake):
@@ -224,8 +231,9 @@ class _Questions(_Intake):
 
     def read(self, stream: Stream, *, after: int, limit: int) -> list[tuple[int, dict[str, Any]]]:
         "The next records after a sequence, in the order of commits; fields that were null are absent. Sequences rise, but may have gaps."
-        rows = self._of(stream).all(f"SELECT seq, body FROM {stream} WHERE seq > ? ORDER BY seq LIMIT ?", after, limit)  # noqa: S608
-        return [(seq, msgspec.json.decode(body)) for seq, body in rows]
+        rows = self._of(stream).all(f"SELECT seq, body, ts FROM {stream} WHERE seq > ? ORDER BY seq LIMIT ?", after, limit)  # noqa: S608
+        if stream == "items": return [(seq, {**msgspec.json.decode(body), TS: ts}) for seq, body, ts in rows]
+        return [(seq, msgspec.json.decode(body)) for seq, body, _ in rows]
 
     def depth(self, stream: Stream, *, after: int) -> int:
         "How many records follow a sequence."
@@ -269,7 +277,9 @@ class SQLiteEventLog(_Questions):
         return packed
 
     def trim(self, stream: Stream, *, upto: int, before_ts: int) -> int:
-        "Let go of records up to a sequence that became known before a time (ms). Histories stay whole. Returns the number of records."
+        """Let go of records up to a sequence that became known before a time (ms). Histories stay whole, and so does the latest version of every item.
+        Returns the number of records."""
+        if stream == "items": return self._trim_items(upto, before_ts)
         database, when, dropped = self._of(stream), KNOWN_TS if stream == "events" else TS, 0
         kept = database.one(f"SELECT seq FROM {stream} WHERE {when} >= ? ORDER BY seq LIMIT 1", before_ts)  # noqa: S608
         last = min(upto, kept[0] - 1) if kept else upto
@@ -282,7 +292,15 @@ class SQLiteEventLog(_Questions):
             dropped += len(rows)
         return dropped
 
+    def _trim_items(self, upto: int, before_ts: int) -> int:
+        "Let go of versions that a later one has replaced."
+        newer = "SELECT 1 FROM items AS newer WHERE newer.item_id = items.item_id AND newer.seq > items.seq"
+        old = self._items.all(f"SELECT seq FROM items WHERE seq <= ? AND ts < ? AND EXISTS ({newer})", upto, before_ts)  # noqa: S608
+        for start in range(0, len(old), ROWS):
+            with self._items.write() as connection: connection.executemany("DELETE FROM items WHERE seq = ?", old[start:start + ROWS])
+            time.sleep(0.002)
+        return len(old)
+
     def close(self) -> None:
         "Close this thread's connections."
-        self._events.close()
-        self._impressions.close()
+        for database in self._streams.values(): database.close()

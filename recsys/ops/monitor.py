@@ -26,7 +26,7 @@ from ..lake.tables import Lake
 from ..measures import MINUTE_MS, Latency, Rate, Recommended, click_through, latency, per_minute, recommended, traffic
 from ..models import bundle
 from . import flows
-from .writer import STREAMS, moved
+from .writer import moved
 from ..schema import (EVENT_ID, EVENTS, IMPRESSIONS, ITEM_ID, KNOWN_TS, LATENCY_US, RECOMMENDATION_ID, RULE, SLOTS, TIER, TITLE, TS, TYPE)
 from ..settings import Home
 
@@ -227,7 +227,7 @@ def snapshot(
 ) -> Snapshot:
     "Read everything once. Only reads; what is missing is empty or None. Raises LakeError or EventLogError when they are damaged."
     lake, log, since = Lake(home.lake), SQLiteEventLog(home.eventlog), now // MINUTE_MS * MINUTE_MS - window_ms  # whole minutes, as in the chart
-    try: events, shown = [recent(s, lake=lake, log=log, since=since) for s in STREAMS]
+    try: events, shown = recent("events", lake=lake, log=log, since=since), recent("impressions", lake=lake, log=log, since=since)
     finally: log.close()
     titles = lake.scan("items").sort(TS).group_by(ITEM_ID).agg(pl.col(TITLE).last()).collect()
     serving, model = _serving(home.registry)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, get_args
 
 import polars as pl
 
@@ -22,7 +22,7 @@ from ..schema import KNOWN_TS, SEQ, TS
 from ..telemetry import counter, gauge, logger
 
 # %% ../../nbs/700_ops/720_writer.ipynb #15f5d136
-STREAMS: tuple[Stream, ...] = ("events", "impressions")
+STREAMS: tuple[Stream, ...] = get_args(Stream)
 RESTORED = """the lake has {stream} up to {after} and the log ends at {last}: it is an older copy, and what comes in now would be taken for moved. Stop the
 platform, give the log a new identity (sqlite3 events.sqlite "UPDATE about SET identity = hex(randomblob(8))"), and start again"""
 
@@ -58,6 +58,7 @@ class Moved:
 
     events: int
     impressions: int
+    items: int
 
 
 def now_ms() -> int: return time.time_ns() // 1_000_000
@@ -138,11 +139,14 @@ class Writer:
 
     def step(self) -> Moved:
         "Move one batch of each stream, and tend to log and lake when it is time. Raises LakeError, LakeConflict or EventLogError."
-        try: events = self._move("events")
-        finally: impressions = self._move("impressions")  # one table may be broken without the other
+        counts, failed = dict.fromkeys(STREAMS, 0), None
+        for stream in STREAMS:  # one table may be broken without the others
+            try: counts[stream] = self._move(stream)
+            except (LakeError, EventLogError) as e: failed = failed or e
+        if failed: raise failed
         if self._following: self._following.step()
         if self._clock() - self._tended >= TEND_EVERY_MS: self.tend()
-        return Moved(events, impressions)
+        return Moved(**counts)
 
     def _move(self, stream: Stream) -> int:
         if (last := self._log.last(stream)) == self._last[stream]: count = 0  # nothing new: the lake is not even asked
@@ -182,4 +186,4 @@ class Writer:
                 continue
             if failures: say.info("writer moves records again", failures=failures)
             failures = 0
-            if max(counts.events, counts.impressions) < self._batch_rows: stop.wait(self._interval_ms / 1000)
+            if max(counts.events, counts.impressions, counts.items) < self._batch_rows: stop.wait(self._interval_ms / 1000)

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import uvicorn
@@ -182,8 +182,7 @@ async def metrics(gate: Gateway, call: Call) -> Answer:
 
 
 def _measured(gate: Gateway) -> bytes:
-    streams: tuple[Stream, ...] = ("events", "impressions")
-    for stream in streams:
+    for stream in get_args(Stream):
         try: gate.counts.rows.labels(stream).set(gate.log.depth(stream, after=0))
         except EventLogError: gate.counts.failures.labels("depth").inc()
     return exposition()
