@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Port', 'Share', 'NOT_SETTINGS', 'Platform', 'Events', 'EventLog', 'Lake', 'Ingest', 'Writer', 'Prep',
-           'Features', 'Training', 'Gate', 'Policy', 'Gateway', 'Dashboard', 'Traffic', 'Flow', 'Settings', 'root',
-           'SettingsError', 'load', 'types_of', 'Home']
+           'Features', 'Training', 'Gate', 'Policy', 'Engine', 'Gateway', 'Dashboard', 'Traffic', 'Flow', 'Settings',
+           'root', 'SettingsError', 'load', 'types_of', 'Home']
 
 # %% ../nbs/000_core/020_settings.ipynb #d4c1bcf9
 import configparser
@@ -97,6 +97,17 @@ class Gate:
 @dataclass(frozen=True)
 class Policy:
     hide_seen: Literal["view", "cart", "purchase", "never"]
+    category_share: Annotated[float, Meta(gt=0, le=1)]
+    brand_share: Annotated[float, Meta(gt=0, le=1)]
+    new_share: Annotated[float, Meta(ge=0, le=1)]
+    explore: Annotated[float, Meta(ge=0, lt=1)]
+    explore_pool: Annotated[int, Meta(ge=1, le=100)]
+
+
+@dataclass(frozen=True)
+class Engine:
+    candidates: Annotated[int, Meta(ge=1, le=500)]
+    beside: Annotated[int, Meta(ge=0, le=100)]
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,7 @@ class Settings:
     training: Training
     gate: Gate
     policy: Policy
+    engine: Engine
     gateway: Gateway
     dashboard: Dashboard
     traffic: Traffic

@@ -18,8 +18,12 @@ from recsys.models.bundle import promote
 from recsys.prep.clean import interactions
 from recsys.prep.vocab import Vocab
 from recsys.schema import AVAILABLE_FROM, CATEGORY, EVENT_TYPES, IN_STOCK, ITEM_ID, PRICE
-from recsys.serving.engine import FULL, Engine, Live
-from recsys.serving.policy import HIDE_SEEN, Catalogue, hidden
+from recsys.serving.arrange import How
+from recsys.serving.catalogue import Catalogue
+from recsys.serving.content import Content
+from recsys.serving.engine import RETRIEVAL, Engine
+from recsys.serving.live import Live
+from recsys.serving.policy import HIDE_SEEN, hides
 from recsys.serving.wire import Filters, RecommendationRequest
 from recsys.settings import Home
 from recsys.synth import DAY, T0, shop
@@ -31,7 +35,12 @@ FACTS = {row[ITEM_ID]: row for row in WORLD.items.to_dicts()}
 def engine(items: pl.DataFrame = WORLD.items, hide_seen: str = "view") -> Engine:
     vocab, rows = Vocab.build(WORLD.items[ITEM_ID]), interactions(WORLD.events.lazy()).collect()
     models = tuple(m.fit(rows, asof=NOW, vocab=vocab) for m in (covisit, popular))
-    return Engine("b1", NOW, "v1", models, Catalogue.of(release.described(vocab, items), vocab), hide_seen)
+    rows = release.described(vocab, items)
+    return Engine("b1", NOW, "v1", models, Catalogue.of(rows, vocab), How(hide_seen=hide_seen), content=Content.of(rows, models[-1].counts == 0))
+
+
+def hidden(item_ids: list[str], types: list[str], *, hide_seen: str) -> set[str]:
+    return {item for item, hide in zip(item_ids, hides(types, hide_seen=hide_seen), strict=True) if hide}
 
 
 ENGINE = {word: engine(hide_seen=word) for word in HIDE_SEEN}
@@ -67,10 +76,10 @@ def test_what_holds_for_every_slate(request: RecommendationRequest, history: His
     seen = hidden(request.items, ["view"] * len(request.items), hide_seen=hide_seen) | (hidden(history.item_ids, history.types, hide_seen=hide_seen) if history else set())
     may = {i for i in FACTS if i not in seen and i not in request.exclude and allowed(i, request.filters)}
     assert set(shown) <= may and len(shown) == len(set(shown)) == min(request.k, len(may))  # nothing else, nothing twice, and no slot left empty
-    assert all(s.propensity == 1.0 and s.reason and np.isfinite(s.score) and s.source in ("covisit", "popular") for s in slate.slots)
+    assert all(s.propensity == 1.0 and s.reason and np.isfinite(s.score) and s.source in ("covisit", "new", "content", "popular") for s in slate.slots)
     assert all((s.reason == "popular now") == (s.source == "popular") for s in slate.slots)
     assert ENGINE[hide_seen].recommend(request, history, now=NOW) == slate
-    assert (slate.tier == FULL) == (history is not None or request.user_id is None) and slate.age_ms == 0  # `now` is when the bundle was fitted
+    assert (slate.tier == RETRIEVAL) == (history is not None or request.user_id is None) and slate.age_ms == 0  # `now` is when the bundle was fitted
 
 
 def test_an_item_is_reachable_from_its_first_day():
@@ -86,7 +95,7 @@ def test_a_reason_names_the_item_that_was_bought():
 
 
 def test_the_champion_is_followed_and_a_rollback_is_a_swap(tmp_path: Path):
-    home, live = Home.open(tmp_path), Live(tmp_path / "registry")
+    home, live = Home.open(tmp_path), Live(Home.open(tmp_path))
 
     async def story() -> list[str]:
         following = asyncio.create_task(live.follow(every=0.02))
@@ -103,12 +112,12 @@ def test_the_champion_is_followed_and_a_rollback_is_a_swap(tmp_path: Path):
 
 
 def test_a_registry_that_is_not_there_is_no_error(tmp_path: Path):
-    live = Live(tmp_path / "nowhere")
+    live = Live(Home(tmp_path / "nowhere"))
     assert not live.changed() and not live.refresh() and live.engine is None
 
 
 @pytest.mark.parametrize("hide_seen", HIDE_SEEN)
 def test_a_bundle_loads_with_the_policy_of_the_settings(tmp_path: Path, hide_seen: str):
     home = Home.open(tmp_path)
-    loaded = Engine.load(home.registry / "bundles" / champion(home), hide_seen=hide_seen)
-    assert loaded.hide_seen == hide_seen and loaded.asof == NOW and [m.name for m in loaded.models] == ["covisit", "popular"]
+    loaded = Engine.load(home.registry / "bundles" / champion(home), how=How(hide_seen=hide_seen))
+    assert loaded.how.hide_seen == hide_seen and loaded.asof == NOW and [m.name for m in loaded.models] == ["covisit", "popular"]

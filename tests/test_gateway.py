@@ -43,7 +43,7 @@ def test_a_recommendation_has_the_shape_of_the_contract(gateway: Gateway):
     assert answer["tier"] == "retrieval" and answer["age_ms"] == 0 and len(answer["items"]) == 4
     for slot in answer["items"]:
         assert set(slot) == {"item_id", "score", "source", "reason", "propensity"}
-        assert slot["propensity"] == 1.0 and slot["source"] in ("covisit", "popular") and slot["reason"]
+        assert slot["propensity"] == 1.0 and slot["source"] in ("covisit", "new", "popular") and slot["reason"]
     assert answer["items"][0]["reason"] == "because you viewed Mug"
 
 

@@ -104,7 +104,7 @@ class Recommendation(Struct):
 
     recommendation_id: str
     items: list[Slot]
-    tier: Annotated[str, Meta(description="the rung of the degradation ladder: retrieval, without history, popular")]
+    tier: Annotated[str, Meta(description="the rung of the degradation ladder: full, retrieval, without ranker, without features, without history, cached, popular")]
     age_ms: Annotated[int, Meta(description="how long ago the information behind the answer was complete; 0: this shopper's history was read for it")]
     bundle: Annotated[str, Meta(description="the model that answered")]
 
