@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recsys.lake import eventlog
+from recsys.lake import database
 from recsys.lake.eventlog import Busy, EventLogError, GroupCommit, RecordError, SQLiteEventLog
 
 T0 = 1_767_225_600_000
@@ -327,7 +327,7 @@ except EventLogError as e: print(n, str(e))
 
 
 def test_a_locked_log_is_an_error_in_time(log: SQLiteEventLog, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(eventlog, "BUSY_MS", 100)
+    monkeypatch.setattr(database, "BUSY_MS", 100)
     holder = sqlite3.connect(log._events.path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     with ThreadPoolExecutor(1) as pool:  # another thread opens its connection now, with the shorter wait

@@ -20,7 +20,7 @@ import polars as pl
 from ..features.definitions import RETRIEVAL_V1
 from ..features.items import Version, pointed
 from ..features.store import ITEMS
-from ..lake.eventlog import SQLiteEventLog
+from ..lake.eventlog import open_log
 from ..lake.records import EventLog, Stream
 from ..lake.tables import Lake
 from ..measures import MINUTE_MS, Latency, Rate, Recommended, click_through, latency, per_minute, recommended, traffic
@@ -226,7 +226,7 @@ def snapshot(
     top: int = 10,
 ) -> Snapshot:
     "Read everything once. Only reads; what is missing is empty or None. Raises LakeError or EventLogError when they are damaged."
-    lake, log, since = Lake(home.lake), SQLiteEventLog(home.eventlog), now // MINUTE_MS * MINUTE_MS - window_ms  # whole minutes, as in the chart
+    lake, log, since = Lake(home.lake), open_log(home), now // MINUTE_MS * MINUTE_MS - window_ms  # whole minutes, as in the chart
     try: events, shown = recent("events", lake=lake, log=log, since=since), recent("impressions", lake=lake, log=log, since=since)
     finally: log.close()
     titles = lake.scan("items").sort(TS).group_by(ITEM_ID).agg(pl.col(TITLE).last()).collect()

@@ -28,7 +28,7 @@ from typing import Literal
 import httpx
 import polars as pl
 
-from ..lake.eventlog import SQLiteEventLog
+from ..lake.eventlog import open_log
 from ..lake.ingest import Report, continue_numbers, ingest
 from ..lake.tables import Lake
 from ..lake.vault import Vault
@@ -88,7 +88,7 @@ def told(report: Report) -> str:
 def fill(home: Home, settings: Settings, file: str | Path, format: str, *, now: int, known_at: Literal["ts", "now"] = "ts",
          progress: Progress | None = None) -> Report:
     "Ingest one file, or `-`, into the home's lake and event log. A second time, everything in it is a duplicate. Raises SourceError."
-    log = SQLiteEventLog(home.eventlog, history=settings.eventlog.history)
+    log = open_log(home, settings)
     step = (lambda done: progress(f"ingest {Path(file).name}", done)) if progress else None
     try:
         return ingest(file, format, lake=Lake(home.lake), vault=Vault.open(home.keys), log=log, now=now, known_at=known_at, context=settings.events.context,
@@ -144,7 +144,7 @@ def retrain(home: Home, settings: Settings, *, progress: Progress | None = None)
 
 def _continue(home: Home, settings: Settings) -> None:
     "Before events come in: the numbers of a log that is new, or an older copy, go on where the lake's end."
-    log = SQLiteEventLog(home.eventlog, history=settings.eventlog.history)
+    log = open_log(home, settings)
     try: continue_numbers(Lake(home.lake), log)
     finally: log.close()
 
@@ -198,9 +198,8 @@ def work(name: str, home: Home, settings: Settings, *, fd: int | None = None) ->
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: stop.set())
     if name == "writer":
-        keep = settings.eventlog
-        Writer(SQLiteEventLog(home.eventlog, history=keep.history), Lake(home.lake), interval_ms=settings.writer.interval_ms, batch_rows=settings.writer.batch_rows,
-               compact_every=settings.writer.compact_every, keep_days=keep.keep_days, quarantine_days=settings.lake.quarantine_days,
+        Writer(open_log(home, settings), Lake(home.lake), interval_ms=settings.writer.interval_ms, batch_rows=settings.writer.batch_rows,
+               compact_every=settings.writer.compact_every, keep_days=settings.eventlog.keep_days, quarantine_days=settings.lake.quarantine_days,
                follower=lambda: importlib.import_module("recsys.features.updater").Updater.open(home, settings, Lake(home.lake))).run(stop)
     elif name == "scheduler": scheduler.run(home, settings, stop=stop)
     elif name == "traffic":

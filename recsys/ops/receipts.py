@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-from ..lake.eventlog import SQLiteEventLog
+from ..lake.eventlog import open_log
 from ..lake.tables import Lake
 from ..lake.vault import Vault
 from ..models import bundle
@@ -31,7 +31,7 @@ def receipt(recommendation_id: str, *, home: Home) -> dict[str, Any]:
     found = lake.scan("impressions").filter(pl.col(RECOMMENDATION_ID) == recommendation_id).head(1).collect().to_dicts()
     where = "lake"
     if not found:
-        log = SQLiteEventLog(home.eventlog)
+        log = open_log(home)
         try: waiting = log.impression(recommendation_id)
         finally: log.close()
         if waiting is None: raise NoReceipt(f"no recommendation has the id {recommendation_id!r}: copy it from an answer's recommendation_id")

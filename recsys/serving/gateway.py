@@ -24,7 +24,7 @@ import uvicorn
 from starlette.routing import Router
 
 from ..features.live import LiveFeatures, Used
-from ..lake.eventlog import Appended, Busy, EventLogError, GroupCommit, History, SQLiteEventLog, Stream
+from ..lake.eventlog import Appended, Busy, EventLog, EventLogError, GroupCommit, History, Stream, open_log
 from ..lake.vault import Vault
 from ..schema import (AGE_MS, BUNDLE, FEATURES, ITEM_ID, ITEMS_VERSION, LATENCY_US, POLICY, PROPENSITY, RANK, RECOMMENDATION_ID, SCORE, SEED, SLOTS,
                            SOURCE, SURFACE, TIER, TS, USER_ID, USER_SEQ)
@@ -61,7 +61,7 @@ class Gateway:
     settings: Settings
     keys: Keys
     vault: Vault
-    log: SQLiteEventLog
+    log: EventLog
     commits: GroupCommit
     live: Live
     features: LiveFeatures
@@ -71,7 +71,7 @@ class Gateway:
     @classmethod
     def open(cls, home: Home, settings: Settings, *, clock: Callable[[], int] | None = None) -> "Gateway":
         "Open everything in a home; makes what is missing. Raises VaultError or EventLogError."
-        log = SQLiteEventLog(home.eventlog, history=settings.eventlog.history)
+        log = open_log(home, settings)
         live = Live(home, how=How.of(settings))
         return cls(settings, Keys(home.keys), Vault.open(home.keys), log, GroupCommit(log), live, LiveFeatures(home, settings), Counts(),
                    clock or (lambda: time.time_ns() // 1_000_000))
