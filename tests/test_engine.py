@@ -23,7 +23,7 @@ from recsys.serving.catalogue import Catalogue
 from recsys.serving.content import Content
 from recsys.serving.engine import RETRIEVAL, Engine
 from recsys.serving.live import Live
-from recsys.serving.policy import HIDE_SEEN, hides
+from recsys.serving.policy import HIDE_SEEN, HIDES, codes
 from recsys.serving.wire import Filters, RecommendationRequest
 from recsys.settings import Home
 from recsys.synth import DAY, T0, shop
@@ -40,7 +40,7 @@ def engine(items: pl.DataFrame = WORLD.items, hide_seen: str = "view") -> Engine
 
 
 def hidden(item_ids: list[str], types: list[str], *, hide_seen: str) -> set[str]:
-    return {item for item, hide in zip(item_ids, hides(types, hide_seen=hide_seen), strict=True) if hide}
+    return {item for item, hide in zip(item_ids, HIDES[hide_seen][codes(types)], strict=True) if hide}
 
 
 ENGINE = {word: engine(hide_seen=word) for word in HIDE_SEEN}

@@ -117,6 +117,12 @@ class Neighbours:
         said_by = np.repeat(np.array(recent, np.int32), [s.stop - s.start for s in spans])
         return np.concatenate([self.table.indices[s] for s in spans]), weight, said_by
 
+    def found(self, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "int32 items that something speaks for, rising, and float32 what `scores` gives them; without an array of all items."
+        near, weight, _ = self.evidence(history)
+        items, at = np.unique(near, return_inverse=True)
+        return items, np.bincount(at, weight, len(items)).astype(np.float32)
+
     def scores(self, history: np.ndarray) -> np.ndarray:
         "float32 [n]: the sum of what the latest items say of each item."
         near, weight, _ = self.evidence(history)
@@ -125,12 +131,13 @@ class Neighbours:
     def because(self, history: np.ndarray, items: np.ndarray) -> np.ndarray:
         "int32 [k]: the item of the history that contributed most to each of k items; 0 where none did. Of two equal ones the later."
         near, weight, said_by = self.evidence(history)
-        slot = np.full(self.table.shape[0], -1)
-        slot[items] = np.arange(len(items))
-        slot[0], out = -1, np.zeros(len(items), np.int32)
-        mine = np.flatnonzero(slot[near] >= 0)[::-1]
+        out = np.zeros(len(items), np.int32)
+        if not len(near) or not len(items): return out
+        order = np.argsort(items)
+        slot = order[np.minimum(np.searchsorted(items, near, sorter=order), len(items) - 1)]
+        mine = np.flatnonzero((items[slot] == near) & (near > 0))[::-1]
         mine = mine[np.argsort(weight[mine], kind="stable")]
-        out[slot[near[mine]]] = said_by[mine]  # ascending: what is written last stays
+        out[slot[mine]] = said_by[mine]  # ascending: what is written last stays
         return out
 
 # %% ../../nbs/500_models/530_covisit.ipynb #d772aef6
@@ -157,14 +164,15 @@ class Covisit:
     def recommend(self, queries: Sequences, *, k: int, exclude: Sequences | None = None, filters: np.ndarray | None = None) -> Slates:
         "The k best of the items that something speaks for and that may be shown."
         check(self, queries, k=k, exclude=exclude, filters=filters)
-        return Slates.of([self._best(queries[q], k, None if exclude is None else exclude[q], filters) for q in range(len(queries))], k=k, name=self.name)
+        return Slates.of([self.one(queries[q], k=k, exclude=None if exclude is None else exclude[q], mask=filters) for q in range(len(queries))], k=k, name=self.name)
 
-    def _best(self, history: np.ndarray, k: int, hidden: np.ndarray | None, filters: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        row = self.near.scores(history)
-        if filters is not None: row *= filters
-        if hidden is not None: row[hidden] = 0
-        items = np.flatnonzero(row)
-        return best(items, row[items], self.place, k)
+    def one(self, history: np.ndarray, *, k: int, exclude: np.ndarray | None = None, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        "At most k items (int32) and their scores, best first, for one history; `exclude` int32, `mask` bool [n]."
+        items, scores = self.near.found(history)
+        may = scores > 0 if mask is None else (scores > 0) & mask[items]
+        if exclude is not None and len(exclude): may &= ~np.isin(items, exclude)
+        if len(items) and not items[0]: may[0] = False
+        return best(items[may], scores[may], self.place, k)
 
     def because(self, history: np.ndarray, items: np.ndarray) -> np.ndarray:
         "int32 [k]: for each item of an answer, the item of the history that contributed most; 0 where none did."

@@ -60,18 +60,28 @@ class Popular:
     def recommend(self, queries: Sequences, *, k: int, exclude: Sequences | None = None, filters: np.ndarray | None = None) -> Slates:
         "The k most popular items that may be shown; score 0 for those that nobody met yet."
         check(self, queries, k=k, exclude=exclude, filters=filters)
-        order = self.order if filters is None else self.order[filters[self.order]]
-        return Slates.of([self._first(order, k, queries[q], None if exclude is None else exclude[q]) for q in range(len(queries))], k=k, name=self.name)
+        return Slates.of([self.one(queries[q], k=k, exclude=None if exclude is None else exclude[q], mask=filters) for q in range(len(queries))], k=k, name=self.name)
 
-    def _first(self, order: np.ndarray, k: int, history: np.ndarray, hidden: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        many = k + (0 if hidden is None else len(hidden))  # no more can be needed
-        ahead = order[:many]
-        if self.echo and len(history): ahead = np.concatenate([ahead, np.setdiff1d(history[np.isin(history, order)], ahead).astype(np.int32)])
-        if hidden is not None and len(hidden): ahead = ahead[~np.isin(ahead, hidden)]
+    def one(self, history: np.ndarray, *, k: int, exclude: np.ndarray | None = None, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        "At most k items (int32) and their scores, best first, for one history; `exclude` int32, `mask` bool [n]."
+        ahead = self._ahead(k + (0 if exclude is None else len(exclude)), mask)  # no more can be needed
+        if self.echo and len(history):
+            met = np.unique(history[(history > 0) & (True if mask is None else mask[history])])
+            ahead = np.concatenate([ahead, met[~np.isin(met, ahead)]])
+        if exclude is not None and len(exclude): ahead = ahead[~np.isin(ahead, exclude)]
         if not self.echo: return ahead[:k], self.weights[ahead[:k]]
         row = self.weights.copy()
         self._raise(row, history)
         return best(ahead, row[ahead], self.place, k)
+
+    def _ahead(self, count: int, mask: np.ndarray | None) -> np.ndarray:
+        "The first items of the order that may be shown; a mask is read no further than it must be."
+        if mask is None: return self.order[:count]
+        some = 2 * count
+        while True:
+            found = self.order[:some][mask[self.order[:some]]]
+            if len(found) >= count or some >= len(self.order): return found[:count]
+            some *= 8
 
     def save(self, folder: str | Path) -> None:
         "`model.npz` (two arrays) and `model.json`."

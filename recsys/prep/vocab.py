@@ -56,6 +56,12 @@ class Ids:
         return cls(frame[ITEM_ID])
 
 # %% ../../nbs/200_prep/230_vocab.ipynb #cb736736
+class _Numbers(dict[str, int]):
+    "Numbers of ids; 0 for any other key."
+
+    def __missing__(self, key: object) -> int: return 0
+
+
 class Vocab(Ids):
     "Item ids by number: `ids[n - 1]` is the id of item n; 0 is the unknown item."
 
@@ -73,23 +79,25 @@ class Vocab(Ids):
         return cls(ids if seed is None else ids[np.random.default_rng(seed).permutation(len(ids))])
 
     @cached_property
-    def _numbers(self) -> dict[str, int]: return dict(zip(self.ids, range(1, len(self)), strict=True))
+    def _numbers(self) -> "_Numbers": return _Numbers(zip(self.ids, range(1, len(self)), strict=True))
     @cached_property
-    def _names(self) -> list[str | None]: return [None, *self.ids]
+    def names(self) -> list[str | None]:
+        "By number: the id, None for 0."
+        return [None, *self.ids]
 
     def encode(self, items: Sequence[str | None] | pl.Series) -> np.ndarray:
         "Numbers (int32) of ids; 0 for a null and for an id that is not listed."
         if isinstance(items, pl.Series):
             number = pl.Series(np.arange(1, len(self), dtype=np.int32))
             return items.cast(pl.String).replace_strict(self.ids, number, default=0, return_dtype=pl.Int32).to_numpy()
-        return np.array([self._numbers.get(i, 0) for i in items], dtype=np.int32)  # type: ignore[arg-type]
+        return np.array([*map(self._numbers.__getitem__, items)], dtype=np.int32)  # type: ignore[arg-type]
 
     def decode(self, items: Iterable[int]) -> list[str | None]:
         "Ids of numbers; None for 0. Raises IndexError for a number outside of the vocabulary."
         out = []
         for i in items:
             if not 0 <= i < len(self): raise IndexError(f"item {i}: not in a vocabulary of 0 to {len(self) - 1}; decode with the one that encoded")
-            out.append(self._names[i])
+            out.append(self.names[i])
         return out
 
     def encoded(self, frame: pl.LazyFrame) -> pl.LazyFrame:

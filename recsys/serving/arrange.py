@@ -39,12 +39,12 @@ class How:
         return cls(**asdict(settings.policy), **asdict(settings.engine))
 
     @property
-    def shares(self) -> tuple[float, float]: return self.category_share, self.brand_share
+    def capped(self) -> bool: return self.category_share < 1 or self.brand_share < 1
     @property
-    def plain(self) -> bool: return self.shares == (1, 1) and not self.explore
+    def plain(self) -> bool: return not self.capped and not self.explore
 
     def __str__(self) -> str:
-        caps = [f"{name} at most {share:g}" for name, share in zip(("category", "brand"), self.shares, strict=True) if share < 1]
+        caps = [f"{name} at most {share:g}" for name, share in (("category", self.category_share), ("brand", self.brand_share)) if share < 1]
         tries = [f"explore {self.explore:g} among {self.explore_pool}"] if self.explore else []
         return ", ".join(["best first", f"hide_seen={self.hide_seen}", *caps, f"new at least {self.new_share:g}", *tries])
 
@@ -66,24 +66,29 @@ def arrange(found: Candidates, query: Query, catalogue: Catalogue, how: How, rul
     pins = _pins(query, catalogue, rules)
     if pins: found = _first(found, list(pins.values()))
     kept, k = len(pins), query.k
-    groups, capped = grouped(found, catalogue, how), how.shares != (1, 1)
-    order = spread(groups, how.shares, k, kept) if capped else np.arange(len(found))
-    quota = min(math.ceil(how.new_share * k), k - 1)
-    reserved: list[int] = []
-    if quota > 0 and "new" in found.names:
-        is_new = (found.source[order] == found.names.index("new")) & (found.because[order] > 0)
-        lacking = quota - int(is_new[:k].sum())
-        reserved = order[k:][is_new[k:]][:min(max(lacking, 0), k - kept)].tolist()
-    if reserved:
+    order = _spread(found, catalogue, how, k, kept)
+    if reserved := _reserved(found, order, how, k, kept):
         found = found.take([*range(kept), *reserved, *[n for n in order.tolist() if n >= kept and n not in reserved]])
-        order = spread(grouped(found, catalogue, how), how.shares, k, kept + len(reserved)) if capped else np.arange(len(found))
-    if not pins and not reserved: return Arranged(found.take(order) if capped else found, frozenset())
+        order = _spread(found, catalogue, how, k, kept + len(reserved))
+    if not pins and not reserved: return Arranged(found.take(order) if how.capped else found, frozenset())
     return Arranged(found.take(_placed(order, list(pins), kept + len(reserved), k)), frozenset(pins))
 
 
-def grouped(found: Candidates, catalogue: Catalogue, how: How) -> list[np.ndarray]:
-    "Category and brand of each candidate."
-    return [catalogue.category[found.items], catalogue.brand[found.items]]
+def grouped(found: Candidates, catalogue: Catalogue, how: How) -> tuple[list[np.ndarray], list[float]]:
+    "What has a cap, of each candidate: categories, brands; and the shares."
+    each = ((catalogue.category, how.category_share), (catalogue.brand, how.brand_share))
+    return [codes[found.items] for codes, share in each if share < 1], [share for _, share in each if share < 1]
+
+
+def _spread(found: Candidates, catalogue: Catalogue, how: How, k: int, kept: int) -> np.ndarray:
+    return spread(*grouped(found, catalogue, how), k, kept) if how.capped else np.arange(len(found))
+
+
+def _reserved(found: Candidates, order: np.ndarray, how: How, k: int, kept: int) -> list[int]:
+    "Places of new items that must be moved up for their share."
+    if "new" not in found.names or (quota := min(math.ceil(how.new_share * k), k - 1)) <= 0: return []
+    is_new = (found.source[order] == found.names.index("new")) & (found.because[order] > 0)
+    return order[k:][is_new[k:]][:min(max(quota - int(is_new[:k].sum()), 0), k - kept)].tolist()
 
 
 def _pins(query: Query, catalogue: Catalogue, rules: Sequence[Rule]) -> dict[int, int]:
@@ -119,6 +124,6 @@ def explore(arranged: Arranged, k: int, catalogue: Catalogue, how: How, *, seed:
     "At most k candidates, one a slot, and the probability of each in its slot."
     found = arranged.candidates
     if not how.explore: return found.take(range(min(k, len(found)))), [1.0] * min(k, len(found))
-    groups = grouped(found, catalogue, how) if how.shares != (1, 1) else ()
-    drawn = draw(pools(len(found), k, how.explore_pool, fixed=arranged.fixed, groups=groups, shares=how.shares), epsilon=how.explore, seed=seed)
+    groups, shares = grouped(found, catalogue, how)
+    drawn = draw(pools(len(found), k, how.explore_pool, fixed=arranged.fixed, groups=groups, shares=shares), epsilon=how.explore, seed=seed)
     return found.take(drawn.at), drawn.propensity

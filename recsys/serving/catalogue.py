@@ -63,8 +63,8 @@ class Catalogue:
 
     def ids(self, items: Iterable[int]) -> list[str]:
         "Ids of numbers from 1 to N - 1."
-        n = len(self.vocab)
-        return [self.vocab.decode((item,))[0] or "" if item < n else self.later_ids[item - n] for item in items]
+        names, n = self.vocab.names, len(self.vocab)
+        return [names[item] or "" if item < n else self.later_ids[item - n] for item in items]
 
     def title(self, item: int) -> str:
         "What a shopper would call it: its title, else its id."

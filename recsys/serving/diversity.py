@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['spread']
 
-# %% ../../nbs/600_serving/614_diversity.ipynb #f39a47dc
+# %% ../../nbs/600_serving/614_diversity.ipynb #da3c3a82
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,16 +20,17 @@ def spread(
 ) -> np.ndarray:  # intp [C]: places of the candidates, those of the slots first, each part in its order
     "Choose k of C so that no value of a group has more than ceil(share * k) of them, where that can be."
     caps = [math.ceil(share * k - 1e-9) for share in shares]
-    codes, have = [group.tolist() for group in groups], [Counter[int]() for _ in groups]
+    codes = [group.tolist() for group in groups]
+    have: list[dict[int, int]] = [{} for _ in groups]
     count = len(codes[0]) if codes else 0
     chosen: list[int] = []
     passed: list[int] = []
     for n in range(count):
         if len(chosen) == k: break
-        if n >= kept and any(code[n] and seen[code[n]] >= cap for code, seen, cap in zip(codes, have, caps, strict=True)):
+        if n >= kept and any(code[n] and seen.get(code[n], 0) >= cap for code, seen, cap in zip(codes, have, caps, strict=True)):
             passed.append(n)
             continue
         chosen.append(n)
-        for code, seen in zip(codes, have, strict=True): seen[code[n]] += 1
+        for code, seen in zip(codes, have, strict=True): seen[code[n]] = seen.get(code[n], 0) + 1
     rest = range(len(chosen) + len(passed), count)
     return np.array([*chosen, *passed, *rest], np.intp)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIERS', 'FULL', 'RETRIEVAL', 'WITHOUT_RANKER', 'WITHOUT_FEATURES', 'WITHOUT_HISTORY', 'CACHED', 'FLOOR', 'Features',
-           'LISTS', 'lower', 'FeatureRows', 'Ranker', 'Slate', 'question', 'reason', 'slots_of', 'Lists', 'Engine']
+           'LISTS', 'lower', 'FeatureRows', 'Ranker', 'Slate', 'question', 'distinct', 'reason', 'slots_of', 'Lists',
+           'Engine']
 
 # %% ../../nbs/600_serving/620_engine.ipynb #edaa9503
 from collections.abc import Callable, Sequence
@@ -19,11 +20,11 @@ from ..lake.eventlog import History
 from ..models import release
 from ..models.bundle import BundleError
 from ..models.contract import Model
-from ..schema import CART, PURCHASE, RATING, VIEW
+from ..schema import CART, EVENT_TYPES, PURCHASE, RATING, VIEW
 from .arrange import PINNED, How, arrange, explore
 from .catalogue import Catalogue
 from .content import Content
-from .policy import eligible, hides, speaks
+from .policy import HIDES, SPEAKS, codes, eligible
 from .rules import Rule, Rules
 from .sources import Candidates, Query, Source, alike, arrived, new, of_model, retrieve, similar
 from .wire import Filters, RecommendationRequest, Slot
@@ -79,16 +80,23 @@ class Slate:
 # %% ../../nbs/600_serving/620_engine.ipynb #34809c51
 def question(catalogue: Catalogue, how: How, request: RecommendationRequest, history: History | None, *, now: int, rules: Sequence[Rule] = (), most: int, beside: int = 0) -> Query:
     "Join history and request."
-    past, types = (history.item_ids, history.types) if history else ([], [])
-    if request.items: past, types = [*past, *request.items], [*types, *[VIEW] * len(request.items)]
-    items = catalogue.encode(past)
-    hidden = items[hides(types, hide_seen=how.hide_seen)] if len(items) else items
+    past, types, times = (history.item_ids, history.types, history.ts) if history else ([], [], [])
+    if request.items: past, types, times = [*past, *request.items], [*types, *[VIEW] * len(request.items)], [*times, *[now] * len(request.items)]
+    items, met = catalogue.encode(past), codes(types)
+    hidden, liked = items[HIDES[how.hide_seen][met]], SPEAKS[met] & (items > 0)
     if request.exclude: hidden = np.concatenate([hidden, catalogue.encode(request.exclude)])
-    exclude = np.unique(hidden[hidden > 0]) if len(hidden) else hidden
-    liked = np.flatnonzero(speaks(types) & (items > 0)) if len(items) else np.empty(0, np.intp)
     k = min(request.k, len(catalogue) - 1)
-    return Query(items[liked], tuple([types[n] for n in liked]), exclude, eligible(catalogue, request.filters, now=now, rules=rules), k, max(k, most), beside,
-                 len(catalogue.vocab), len(catalogue), request.surface, now)
+    return Query(items[liked], met[liked], np.array(times, np.int64)[liked], distinct(hidden), eligible(catalogue, request.filters, now=now, rules=rules),
+                 k, max(k, most), beside, len(catalogue.vocab), len(catalogue), request.surface, now)
+
+
+def distinct(items: np.ndarray) -> np.ndarray:
+    "Those above 0, rising, each once."
+    if not len(items): return items
+    items = np.sort(items)
+    first = items > 0
+    first[1:] &= items[1:] != items[:-1]
+    return items[first]
 
 # %% ../../nbs/600_serving/620_engine.ipynb #0f62e879
 _DID = {VIEW: "viewed", CART: "chose", PURCHASE: "bought", RATING: "rated"}
@@ -102,10 +110,12 @@ def reason(catalogue: Catalogue, because: int, did: str, source: str = "popular"
 
 def slots_of(catalogue: Catalogue, query: Query, shown: Candidates, propensity: Sequence[float]) -> list[Slot]:
     "Candidates as a shopper's page gets them."
-    did = dict(zip(query.items.tolist(), query.types, strict=True))
-    names = [shown.names[source] for source in shown.source.tolist()]
-    return [Slot(id, float(f"{score:.7g}"), source, reason(catalogue, because, did.get(because, VIEW), source), p) for id, score, source, because, p
-            in zip(catalogue.ids(shown.items.tolist()), shown.scores.tolist(), names, shown.because.tolist(), propensity, strict=True)]
+    why = {}
+    for pair in dict.fromkeys(zip(shown.because.tolist(), shown.source.tolist(), strict=True)):
+        met = query.met[query.items == pair[0]].tolist() if pair[0] else []
+        why[pair] = reason(catalogue, pair[0], EVENT_TYPES[met[-1]] if met else VIEW, shown.names[pair[1]])
+    return [Slot(id, float(f"{score:.7g}"), shown.names[source], why[because, source], p) for id, score, source, because, p
+            in zip(catalogue.ids(shown.items.tolist()), shown.scores.tolist(), shown.source.tolist(), shown.because.tolist(), propensity, strict=True)]
 
 # %% ../../nbs/600_serving/620_engine.ipynb #92c842e1
 LISTS = 4096

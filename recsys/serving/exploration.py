@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['pools', 'Draw', 'draw']
 
-# %% ../../nbs/600_serving/616_exploration.ipynb #4deaf9ef
+# %% ../../nbs/600_serving/616_exploration.ipynb #a2db987b
 import math
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -26,23 +27,25 @@ def pools(
     "Deal what stands behind the slate to the slots."
     out: list[list[int]] = [[] for _ in range(min(k, count))]
     free = [slot for slot in range(len(out)) if slot not in fixed]
-    if not groups or all(share >= 1 for share in shares):
+    if not groups:
         for slot, turn in zip(free, range(len(free)), strict=True): out[slot] = list(range(k + turn, count, len(free)))[:width]
         return out
     codes, caps = [group.tolist() for group in groups], [math.ceil(share * k - 1e-9) for share in shares]
     holds: list[dict[int, set[int]]] = [{} for _ in codes]  # for each value, the slots that may show it
     for slot in range(len(out)):
         for code, held in zip(codes, holds, strict=True): held.setdefault(code[slot], set()).add(slot)
+    turns = deque(free)
     for n in range(k, count):
-        values = [code[n] for code in codes]
-        may = [slot for slot in free if len(out[slot]) < width and all(not v or slot in held.get(v, ()) or len(held.get(v, ())) < cap
-                                                                        for v, held, cap in zip(values, holds, caps, strict=True))]
-        if not may:
-            if all(len(out[slot]) >= width for slot in free): break
-            continue
-        slot = min(may, key=lambda s: (len(out[s]), s))
+        if not turns: break
+        at = [held.setdefault(code[n], set()) for code, held in zip(codes, holds, strict=True)]
+        open_to = [slots for slots, cap, code in zip(at, caps, codes, strict=True) if code[n] and len(slots) >= cap]
+        for slot in turns:
+            if all(slot in slots for slots in open_to): break
+        else: continue
         out[slot].append(n)
-        for v, held in zip(values, holds, strict=True): held.setdefault(v, set()).add(slot)
+        for slots in at: slots.add(slot)
+        turns.remove(slot)  # to the end of the queue, or out of it
+        if len(out[slot]) < width: turns.append(slot)
     return out
 
 # %% ../../nbs/600_serving/616_exploration.ipynb #240baa9a
