@@ -118,6 +118,13 @@ class Gateway:
     max_body_bytes: Count
     max_events: Count
     max_k: Count
+    max_wait_ms: Annotated[float, Meta(gt=0)]
+    max_under_way: Count
+    rate_per_second: Annotated[float, Meta(ge=0)]
+    rate_burst: Count
+    origins: tuple[str, ...]
+    tls_cert: str
+    tls_key: str
 
 # %% ../nbs/000_core/020_settings.ipynb #76cfb4b1
 @dataclass(frozen=True)

@@ -111,10 +111,10 @@ def running(path: Path, *, workers: int = 1, ready: bool = True, **settings: str
     home = Home.open(path)
     if ready: champion(home)
     keys = Keys(home.keys)
-    key = keys.create(["events:write", "recs:read"], name="test")
+    key = keys.create(["events:write", "recs:read", "items:write"], name="test")
     keys.close()
     (home.run / "metrics").mkdir(exist_ok=True)
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("RECSYS_")} | settings | {
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("RECSYS_")} | {"RECSYS_GATEWAY_MAX_WAIT_MS": "60000"} | settings | {
         "PROMETHEUS_MULTIPROC_DIR": str(home.run / "metrics"), "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
         gateway = Gateway(home, f"http://127.0.0.1:{listener.getsockname()[1]}", key, listener, environ)

@@ -76,7 +76,7 @@ def ask(home: Home, settings: Settings, key: str, *requests: tuple[str, Any], un
 
     async def visit() -> list[httpx.Response]:
         app = create_app(home, settings)
-        async with app.app.lifespan_context(app):
+        async with app.life.lifespan_context(app):
             transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://shop", headers={"Authorization": f"Bearer {key}"}) as client:
                 end = time.monotonic() + 120

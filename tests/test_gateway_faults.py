@@ -16,7 +16,7 @@ from recsys.lake.eventlog import SQLiteEventLog
 from recsys.models import covisit, popular
 from recsys.models.bundle import current, promote
 from recsys.serving.http import ClientGone, read_body
-from recsys.serving.wire import Refused
+from recsys.serving.problems import Refused
 
 
 @pytest.fixture(scope="module")

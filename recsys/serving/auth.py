@@ -47,6 +47,8 @@ class KeyInfo:
     created: int
     expires: int | None
     revoked: int | None
+    number: int  # 1, 2, ... in the order in which keys were made: its account of requests
+    rate: float | None  # requests a second, where it has a rate of its own
 
 # %% ../../nbs/600_serving/630_auth.ipynb #24c5b1ab
 _SHAPE = re.compile(r"rk_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
@@ -59,8 +61,10 @@ def _hash(secret: str) -> bytes: return hashlib.sha256(secret.encode()).digest()
 def _now() -> int: return time.time_ns() // 1_000_000
 
 # %% ../../nbs/600_serving/630_auth.ipynb #574505fa
-_TABLE = """CREATE TABLE IF NOT EXISTS keys (id TEXT PRIMARY KEY, name TEXT NOT NULL, secret BLOB NOT NULL, scopes TEXT NOT NULL,
-            created INTEGER NOT NULL, expires INTEGER, revoked INTEGER) STRICT"""
+_TABLES = ("""CREATE TABLE IF NOT EXISTS keys (id TEXT PRIMARY KEY, name TEXT NOT NULL, secret BLOB NOT NULL, scopes TEXT NOT NULL,
+              created INTEGER NOT NULL, expires INTEGER, revoked INTEGER) STRICT""",
+           "CREATE TABLE IF NOT EXISTS rates (id TEXT PRIMARY KEY, per_second REAL NOT NULL) STRICT")
+_ALL = "SELECT id, secret, name, scopes, created, expires, revoked, keys.rowid, per_second FROM keys LEFT JOIN rates USING (id) ORDER BY created, keys.rowid"
 
 
 class _Store:
@@ -72,11 +76,11 @@ class _Store:
         self._lock, self._seen = threading.Lock(), -1
         self._known: dict[str, tuple[bytes, KeyInfo]] = {}
         self._db = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
-        for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", _TABLE): self._db.execute(statement)
+        for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", *_TABLES): self._db.execute(statement)
 
-    def write(self, statement: str, values: tuple) -> None:
+    def write(self, statement: str, *rows: tuple) -> None:
         with self._lock:
-            self._db.execute(statement, values)
+            self._db.executemany(statement, rows)
             self._seen = -1  # data_version does not count one's own changes
 
     def known(self) -> dict[str, tuple[bytes, KeyInfo]]:
@@ -84,8 +88,7 @@ class _Store:
         with self._lock:
             version = self._db.execute("PRAGMA data_version").fetchone()[0]
             if version != self._seen:
-                rows = self._db.execute("SELECT id, secret, name, scopes, created, expires, revoked FROM keys ORDER BY created, rowid")
-                self._known = {r[0]: (r[1], KeyInfo(r[0], r[2], tuple(r[3].split()), *r[4:])) for r in rows}
+                self._known = {r[0]: (r[1], KeyInfo(r[0], r[2], tuple(r[3].split()), *r[4:])) for r in self._db.execute(_ALL)}
                 self._seen = version
             return self._known
 
@@ -119,13 +122,15 @@ class Keys:
     def __init__(self, folder: str | Path, *, clock: Callable[[], int] = _now):
         self._store, self._clock = _Store(Path(folder) / "api-keys.db"), clock
 
-    def create(self, scopes: Iterable[str], *, name: str, expires_days: float | None = None) -> str:
-        "Make a key and return its text, which is shown this once. Raises AuthError for an unknown scope or a bad span."
+    def create(self, scopes: Iterable[str], *, name: str, expires_days: float | None = None, rate: float | None = None) -> str:
+        "Make a key and return its text, which is shown this once. Raises AuthError for an unknown scope, a bad span or a bad rate (requests a second)."
         scopes, now = _scopes(scopes), self._clock()
         if expires_days is not None and not 0 < expires_days < 1e6:
             raise AuthError(f"expires_days = {expires_days}: must be a positive number of days; without it a key does not expire")
+        if rate is not None and not 0 < rate < 1e6: raise AuthError(f"rate = {rate}: must be a positive number of requests a second; without it [gateway] rate_per_second holds")
         expires = None if expires_days is None else now + round(expires_days * 86_400_000)
         id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+        if rate is not None: self._store.write("INSERT INTO rates VALUES (?, ?)", (id, rate))  # first: no key is ever without its limit
         self._store.write("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, NULL)", (id, name, _hash(secret), " ".join(scopes), now, expires))
         return f"rk_{id}_{secret}"
 

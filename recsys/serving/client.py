@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
-from .wire import Event, EventsAnswer, Problem, Recommendation, RecommendationRequest
+from .problems import Problem
+from .wire import Event, EventsAnswer, Recommendation, RecommendationRequest
 
 # %% ../../nbs/600_serving/680_client.ipynb #df9e576d
 class Refusal(Exception):

@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['Scope', 'Message', 'Receive', 'Send', 'App', 'JSON', 'PROBLEM', 'HTML', 'BODY_SECONDS', 'Work', 'Answer', 'refusal',
-           'admit', 'ClientGone', 'read_body', 'Call', 'Endpoint', 'Traffic', 'request_id', 'as_refused', 'Front']
+           'ClientGone', 'read_body', 'Call', 'Endpoint', 'Routes', 'Traffic', 'request_id', 'as_refused', 'Front']
 
 # %% ../../nbs/600_serving/660_http.ipynb #e2d68774
 import asyncio
 import re
 import secrets
-import sqlite3
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
-from starlette.exceptions import HTTPException
-from starlette.routing import Route
+from starlette.routing import Router
 
-from .auth import KeyRefused, Keys, ScopeMissing
+from .auth import KeyInfo
+from .door import Door
+from .limits import Pressure
 from .openapi import Operation
-from .wire import Refused
+from .problems import Refused
 from ..telemetry import bound, counter, gauge, histogram, logger
 
 # %% ../../nbs/600_serving/660_http.ipynb #aac84c75
@@ -46,8 +47,8 @@ class Answer:
     kind: str = JSON
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    async def __call__(self, send: Send) -> None:
-        headers = [(b"content-type", self.kind.encode()), (b"content-length", b"%d" % len(self.body)), *_ALWAYS,
+    async def __call__(self, send: Send, request_id: str) -> None:
+        headers = [(b"content-type", self.kind.encode()), (b"content-length", b"%d" % len(self.body)), *_ALWAYS, (b"x-request-id", request_id.encode()),
                    *((k.lower().encode(), v.encode()) for k, v in self.headers.items())]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
@@ -57,25 +58,6 @@ def refusal(refused: Refused, request_id: str) -> Answer:
     "A problem document."
     problem = refused.problem(request_id)
     return Answer(problem.status, msgspec.json.encode(problem), PROBLEM, refused.headers)
-
-# %% ../../nbs/600_serving/660_http.ipynb #00871525
-_BEARER = {"WWW-Authenticate": 'Bearer realm="recsys"'}
-
-
-def admit(keys: Keys, authorization: bytes | None, scope: str) -> str:
-    "The id of the key that a request may use for `scope`. Raises Refused: `no-key`, `no-scope`, `keys-unavailable`."
-    kind, _, text = (authorization or b"").decode("latin1").partition(" ")
-    try: return keys.check(text.strip() if kind.lower() == "bearer" else None, scope).id
-    except KeyRefused as e:
-        raise Refused("no-key", field="Authorization", rule=f"must be a valid API key: {e}", headers=_BEARER,
-                      remedy="send Authorization: Bearer <key>; recsys keys create makes one") from None
-    except ScopeMissing as e:
-        logger("recsys.access").warning("key without scope", key=e.key, needs=e.scope)
-        raise Refused("no-scope", field="Authorization", rule=f"needs the scope {e.scope}",
-                      remedy=f"use a key that has it; recsys keys create --scopes {e.scope} makes one") from None
-    except sqlite3.Error as e:
-        logger("recsys.access").error("keys cannot be read", error=str(e))
-        raise Refused("keys-unavailable", rule="keys could not be checked", remedy="try again in a moment", headers={"Retry-After": "1"}) from None
 
 # %% ../../nbs/600_serving/660_http.ipynb #7f779f9f
 BODY_SECONDS = 30.0
@@ -113,10 +95,13 @@ class Call:
     "A request under way."
 
     request_id: str
-    started: float  # perf_counter
+    started: float  # perf_counter: when its head was complete
     headers: Mapping[bytes, bytes]
     client: str | None
-    key: str | None = None
+    query: bytes = b""
+    place: Mapping[str, str] = field(default_factory=dict)  # the parts of the address that the route leaves open
+    route: str = "other"
+    key: KeyInfo | None = None
     body: bytes = b""
 
 
@@ -124,20 +109,45 @@ Work = Callable[[Call], Awaitable[Answer]]
 
 
 class Endpoint:
-    "An operation as an ASGI app: admit, read, work, answer."
+    "An operation at work: admit, read, do, answer."
 
-    def __init__(self, operation: Operation, work: Work, *, keys: Keys, most: int):
-        self.operation, self.work, self.keys, self.most = operation, work, keys, most
+    def __init__(self, operation: Operation, work: Work, *, door: Door, most: int):
+        self.operation, self.work, self.door, self.most = operation, work, door, most
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call: Call = scope["call"]
-        if self.operation.scope: call.key = admit(self.keys, call.headers.get(b"authorization"), self.operation.scope)
+    async def __call__(self, call: Call, receive: Receive) -> Answer:
+        scope, told = self.operation.scope, {}
+        if scope:
+            call.key = self.door.admit(call.headers.get(b"authorization"), scope, route=call.route, request_id=call.request_id)
+            told = self.door.charge(call.key)
         if self.operation.body is not None: call.body = await read_body(receive, call.headers, most=self.most)
         answer = await self.work(call)
-        await answer(send)
+        return replace(answer, headers={**answer.headers, **told}) if told else answer
 
-    @property
-    def route(self) -> Route: return Route(self.operation.path, self, methods=[self.operation.method])
+# %% ../../nbs/600_serving/660_http.ipynb #2b7f1c11
+class Routes:
+    "Endpoints by address and method; a part in braces matches any text but none."
+
+    def __init__(self, endpoints: Iterable[Endpoint]):
+        self._plain: dict[str, dict[str, Endpoint]] = {}
+        self._open: dict[tuple[str, ...], dict[str, Endpoint]] = {}
+        for e in endpoints:
+            parts = tuple(e.operation.path.split("/"))
+            found = self._open.setdefault(parts, {}) if "{" in e.operation.path else self._plain.setdefault(e.operation.path, {})
+            found[e.operation.method] = e
+
+    def find(self, method: str, path: str) -> tuple[Endpoint, dict[str, str]]:
+        "The endpoint for a raw path, and its open parts, decoded. Raises Refused: `not-found`, `wrong-method`."
+        methods = self._plain.get(path)
+        methods, place = (methods, {}) if methods is not None else self._matching(path.split("/"))
+        if endpoint := methods.get("GET" if method == "HEAD" else method): return endpoint, place
+        allowed = ", ".join(sorted(methods))
+        raise Refused("wrong-method", rule=f"takes {allowed}", remedy=f"use {allowed}", headers={"Allow": allowed})
+
+    def _matching(self, given: list[str]) -> tuple[dict[str, Endpoint], dict[str, str]]:
+        for parts, methods in self._open.items():
+            if len(parts) == len(given) and all(g if p[:1] == "{" else p == g for p, g in zip(parts, given, strict=True)):
+                return methods, {p[1:-1]: unquote(g) for p, g in zip(parts, given, strict=True) if p[:1] == "{"}
+        raise Refused("not-found", rule="there is no such address", remedy="see /docs")
 
 # %% ../../nbs/600_serving/660_http.ipynb #a9f67bb6
 class Traffic:
@@ -161,49 +171,50 @@ def request_id(sent: bytes | None) -> str:
 def as_refused(error: Exception) -> Refused:
     "Any error as a refusal; what nobody foresaw is logged, and becomes `internal`."
     if isinstance(error, Refused): return error
-    if isinstance(error, HTTPException) and error.status_code == 404:
-        return Refused("not-found", rule="there is no such address", remedy="see /docs")
-    if isinstance(error, HTTPException) and error.status_code == 405:
-        allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
-        return Refused("wrong-method", rule=f"takes {allowed}", remedy=f"use {allowed}", headers={"Allow": allowed})
     where = [f"{f.filename.rpartition('/')[2]}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
     logger("recsys.gateway").error("internal error", kind=type(error).__name__, where=where[-8:])
     return Refused("internal", rule="the platform made an error", remedy="send the request_id to its operators; the log has the details")
 
 # %% ../../nbs/600_serving/660_http.ipynb #9a209f86
 class Front:
-    "What stands around all routes."
+    "The ASGI app: what stands around all routes. `life` is entered while the server runs."
 
-    def __init__(self, app: App):
-        self.app, self.traffic, self.log = app, Traffic(), logger("recsys.access")
+    def __init__(self, routes: Routes, *, pressure: Pressure, life: Callable[[Any], Any] | None = None):
+        self.routes, self.pressure, self.life = routes, pressure, Router(lifespan=life)
+        self.traffic, self.log = Traffic(), logger("recsys.access")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http": return await self.app(scope, receive, send)
+        if scope["type"] != "http": return await self.life(scope, receive, send)
         headers = dict(scope["headers"])
-        call = Call(request_id(headers.get(b"x-request-id")), time.perf_counter(), headers, (scope.get("client") or (None,))[0])
-        scope["call"], scope["app"], status = call, self, 499
-
-        async def answering(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", call.request_id.encode())]
-            await send(message)
+        arrived = scope.get("arrived") or time.perf_counter()
+        call = Call(request_id(headers.get(b"x-request-id")), arrived, headers, (scope.get("client") or (None,))[0], scope.get("query_string", b""))
+        status = 499  # of a client that hung up
         self.traffic.under_way.inc()
+        self.pressure.under_way += 1
         with bound(request_id=call.request_id):
-            try: await self.app(scope, receive, answering)
+            try:
+                answer = await self._answer(scope, call, receive)
+                status = answer.status
+                await answer(send, call.request_id)
             except ClientGone: pass
-            except Exception as e:  # noqa: BLE001  the last resort: every error becomes an answer
-                refused = as_refused(e)
-                if status == 499: await refusal(refused, call.request_id)(answering)
-            finally: self._done(scope, call, status)
+            finally: self._done(scope["method"], call, status)
 
-    def _done(self, scope: Scope, call: Call, status: int) -> None:
+    async def _answer(self, scope: Scope, call: Call, receive: Receive) -> Answer:
+        "Every error becomes an answer."
+        try:
+            endpoint, call.place = self.routes.find(scope["method"], (scope.get("raw_path") or scope["path"].encode()).decode("latin1"))
+            call.route, now = endpoint.operation.path, time.perf_counter()
+            if endpoint.operation.scope and (why := self.pressure.too_much(now - call.started, now=now)):  # signs of life are given under any load
+                raise Refused("overloaded", rule=f"the gateway is at its limit: {why}", remedy="send it again after a while, more slowly", headers={"Retry-After": "1"})
+            return await endpoint(call, receive)
+        except ClientGone: raise
+        except Exception as e: return refusal(as_refused(e), call.request_id)  # noqa: BLE001  the last resort
+
+    def _done(self, method: str, call: Call, status: int) -> None:
         took = time.perf_counter() - call.started
-        endpoint = scope.get("endpoint")
-        route = endpoint.operation.path if isinstance(endpoint, Endpoint) else "other"
-        method = scope["method"] if scope["method"] in _METHODS else "other"
+        method = method if method in _METHODS else "other"
+        self.pressure.under_way -= 1
         self.traffic.under_way.dec()
-        self.traffic.requests.labels(method, route, str(status)).inc()
-        self.traffic.seconds.labels(route).observe(took)
-        self.log.info("request", method=method, route=route, status=status, ms=round(took * 1000, 2), key=call.key)
+        self.traffic.requests.labels(method, call.route, str(status)).inc()
+        self.traffic.seconds.labels(call.route).observe(took)
+        self.log.info("request", method=method, route=call.route, status=status, ms=round(took * 1000, 2), key=call.key.id if call.key else None)

@@ -8,6 +8,7 @@ __all__ = ['REF', 'CONTENT_SECURITY', 'Operation', 'document', 'page']
 # %% ../../nbs/600_serving/640_openapi.ipynb #e285c6c8
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from .wire import PROBLEMS, Problem
+from .problems import PROBLEMS, Problem
 
 # %% ../../nbs/600_serving/640_openapi.ipynb #e4758f58
 @dataclass(frozen=True)
@@ -28,14 +29,20 @@ class Operation:
     answers: Mapping[int, Any]
     scope: str | None = None  # none: no key is needed
     body: Any = None
-    example: Any = None
+    query: Any = None  # a struct of what may stand behind the `?`
+    example: Any = None  # of the body; without one, the address to call
     problems: Sequence[str] = field(default=())  # names of wire.PROBLEMS
+
+    @property
+    def places(self) -> list[str]:
+        "The open parts of the address."
+        return re.findall(r"{(\w+)}", self.path)
 
     @property
     def all_problems(self) -> list[str]:
         "In order of their status, those of any keyed operation and of any body included."
-        common = [*(["no-key", "no-scope", "keys-unavailable"] if self.scope else []),
-                  *(["bad-json", "invalid", "too-slow", "too-large", "encoding"] if self.body else [])]
+        common = [*(["no-key", "no-scope", "too-many", "keys-unavailable", "overloaded"] if self.scope else []),
+                  *(["bad-json", "invalid", "too-slow", "too-large", "encoding"] if self.body else []), *(["invalid"] if self.query or self.places else [])]
         return sorted({*common, *self.problems}, key=list(PROBLEMS).index)
 
 # %% ../../nbs/600_serving/640_openapi.ipynb #1a52d468
@@ -45,11 +52,11 @@ REF = "#/components/schemas/{name}"
 def document(operations: Iterable[Operation], *, max_k: int) -> dict[str, Any]:
     "The OpenAPI 3.1 document of these operations."
     operations = list(operations)
-    types = [t for o in operations for t in (o.body, *o.answers.values()) if t is not None and not isinstance(t, str)]
+    types = [t for o in operations for t in (o.body, o.query, *o.answers.values()) if t is not None and not isinstance(t, str)]
     _, components = msgspec.json.schema_components([*types, Problem], ref_template=REF)
-    if (request := components.get("RecommendationRequest")): request["properties"]["k"]["maximum"] = max_k
+    for name in {"RecommendationRequest", "ListQuery"} & components.keys(): components[name]["properties"]["k"]["maximum"] = max_k
     paths: dict[str, Any] = {}
-    for o in operations: paths.setdefault(o.path, {})[o.method.lower()] = _operation(o)
+    for o in operations: paths.setdefault(o.path, {})[o.method.lower()] = _operation(o, components)
     return {"openapi": "3.1.0",
             "info": {"title": "recsys", "version": version("recsys"), "description": "Real-time recommendations for a shop.",
                      "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}},
@@ -63,7 +70,15 @@ def _content(kind: Any) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": REF.format(name=kind.__name__)}}}
 
 
-def _operation(o: Operation) -> dict[str, Any]:
+def _parameters(o: Operation, components: Mapping[str, Any]) -> list[dict[str, Any]]:
+    "What stands in the address."
+    text = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": "^[^\\u0000-\\u001f\\u007f-\\u009f]+$"}
+    open_parts = [{"name": name, "in": "path", "required": True, "schema": text} for name in o.places]
+    fields = components[o.query.__name__]["properties"] if o.query else {}
+    return open_parts + [{"name": name, "in": "query", "schema": schema, **({"description": said} if (said := _describe(schema)) else {})} for name, schema in fields.items()]
+
+
+def _operation(o: Operation, components: Mapping[str, Any]) -> dict[str, Any]:
     "One entry of `paths`."
     trace = {"X-Request-ID": {"description": "the id sent with the request, or a new one", "schema": {"type": "string"}}}
     responses: dict[str, Any] = {str(status): {"description": "done", "content": _content(kind), "headers": trace} for status, kind in o.answers.items()}
@@ -72,9 +87,10 @@ def _operation(o: Operation) -> dict[str, Any]:
         said = responses.setdefault(str(status), {"description": "", "headers": trace, "content": {
             "application/problem+json": {"schema": {"$ref": REF.format(name="Problem")}}}})
         said["description"] = f"{said['description']}; {title}" if said["description"] else title
-        if status == 503: said["headers"] = {**trace, "Retry-After": {"description": "seconds to wait", "schema": {"type": "integer"}}}
-    out: dict[str, Any] = {"operationId": f"{o.method.lower()}{o.path.replace('/', '_').replace('.', '_')}", "summary": o.summary, "responses": responses,
+        if status in (429, 503): said["headers"] = {**trace, "Retry-After": {"description": "seconds to wait", "schema": {"type": "integer"}}}
+    out: dict[str, Any] = {"operationId": re.sub(r"\W+", "_", f"{o.method.lower()}{o.path}").rstrip("_"), "summary": o.summary, "responses": responses,
                            "security": [{"key": []}] if o.scope else []}
+    if parameters := _parameters(o, components): out["parameters"] = parameters
     if o.scope: out["description"] = f"Needs a key with the scope `{o.scope}`."
     if o.body is not None:
         out["requestBody"] = {"required": True, "content": _content(o.body)}
@@ -106,20 +122,26 @@ def _row_of_links(operations: Sequence[Operation], schemas: Mapping[str, Any]) -
     return f"<p>{' · '.join(links)} · <a href=\"#problems\">Problems</a></p>"
 
 
-def _anchor(o: Operation) -> str: return f"{o.method}{o.path}".replace("/", "-").lower()
+def _anchor(o: Operation) -> str: return re.sub(r"[^\w.]+", "-", f"{o.method}{o.path}").strip("-").lower()
 
 
 def _section(o: Operation, address: str) -> str:
     "One operation: what it takes, a line to try it, and what it answers."
-    body = f'<p>Takes <a href="#{o.body.__name__}">{o.body.__name__}</a>.</p>' if o.body is not None else ""
-    if o.example is not None:
-        call = f"curl -s {address}{o.path} -H 'Authorization: Bearer KEY' -d '{json.dumps(o.example)}'"
-        body += f"<pre>{html.escape(call)}</pre>"
+    taken = [*([(o.body, "")] if o.body is not None else []), *([(o.query, " in the address")] if o.query is not None else [])]
+    body = "".join(f'<p>Takes <a href="#{kind.__name__}">{kind.__name__}</a>{where}.</p>' for kind, where in taken)
+    if o.example is not None: body += f"<pre>{html.escape(_call(o, address))}</pre>"
     rows = [(status, kind if isinstance(kind, str) else f'<a href="#{kind.__name__}">{kind.__name__}</a>') for status, kind in o.answers.items()]
     rows += [(PROBLEMS[n][0], f'<a href="#{n}">{PROBLEMS[n][1]}</a>') for n in o.all_problems]
     scope = f"<p>Scope <code>{o.scope}</code>.</p>" if o.scope else "<p>No key needed.</p>"
     table = "".join(f"<tr><td>{status}</td><td>{what}</td></tr>" for status, what in rows)
     return f'<h2 id="{_anchor(o)}"><span class="m">{o.method}</span> {html.escape(o.path)}</h2><p>{html.escape(o.summary)}.</p>{scope}{body}<table>{table}</table>'
+
+# %% ../../nbs/600_serving/640_openapi.ipynb #2994299b
+def _call(o: Operation, address: str) -> str:
+    "A line for a shell that tries the operation."
+    method, key = f"-X {o.method} " if o.method not in ("GET", "POST") else "", "-H 'Authorization: Bearer KEY'" if o.scope else ""
+    if o.body is None: return f"curl -s {method}'{address}{o.example}' {key}"
+    return f"curl -s {method}{address}{o.path} {key} -H 'Content-Type: application/json' -d '{json.dumps(o.example)}'"
 
 # %% ../../nbs/600_serving/640_openapi.ipynb #2994299a
 def _struct(name: str, schema: Mapping[str, Any]) -> str:
