@@ -54,9 +54,9 @@ def bench_prep(
 def bench_quality(
     run: Annotated[list[str] | None, typer.Option("--run", help="A task to run before the table is shown; may be said again. 'all' is all of them.")] = None,
     seeds: Annotated[str, typer.Option(help="Comma separated.")] = "0",
-    minutes: Annotated[float | None, typer.Option(min=0.1, help="Wall time of a fit (default: the task's).", show_default=False)] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="CPU time of a fit (default: the task's).", show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help="Default: the task's, which is best.", show_default=False)] = None,
-    threads: Annotated[int, typer.Option(min=1)] = 2,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
     results: ResultsOption = None,
     home: HomeOption = None,
     json: JsonOption = False,

@@ -15,10 +15,10 @@ import typer
 from .console import JsonOption, bar, said, table, tell
 
 # %% ../../nbs/900_cli/940_fit.ipynb #bdfb7165
-def _began() -> float:
-    "`time.monotonic()` at the start of this process."
+def _began(clock: Literal["wall", "cpu"]) -> float:
+    "By the clock, at the start of this process."
     import psutil
-    return time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
+    return 0.0 if clock == "cpu" else time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
 
 
 def fit(
@@ -26,7 +26,8 @@ def fit(
     model: Annotated[Literal["popular", "covisit", "sequential", "blend", "best"], typer.Option(help="best: what validation likes best of all others.")] = "best",
     out: Annotated[Path, typer.Option(help="Folder of the bundle, which is made.")] = Path("bundle"),
     protocol: Annotated[Literal["loo", "sessions"], typer.Option(help="loo: a line is a user and their items, or one of each; sessions: a line is items alone.")] = "loo",
-    minutes: Annotated[float | None, typer.Option(min=0.05, help="Wall time for all of it. Default: as long as it takes.", show_default=False)] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.05, help="Time for all of it. Default: as long as it takes.", show_default=False)] = None,
+    clock: Annotated[Literal["wall", "cpu"], typer.Option(help="Of the minutes; cpu: time of processors, for measuring on a machine that others use, too.")] = "wall",
     seed: Annotated[int, typer.Option(help="Of the items' numbers, and of all that is drawn.")] = 0,
     refit: Annotated[bool, typer.Option("--refit", help="What was chosen is fitted again with what validation had held out.")] = False,
     json: JsonOption = False,
@@ -35,7 +36,7 @@ def fit(
     with said(json):
         from recsys.cli import offline
         with bar(json) as step:
-            done = offline.fit(file, out, model=model, protocol=protocol, minutes=minutes, seed=seed, refit=refit, began=_began(), now=int(time.time() * 1000), progress=step)
+            done = offline.fit(file, out, model=model, protocol=protocol, minutes=minutes, clock=clock, seed=seed, refit=refit, began=_began(clock), at=int(time.time() * 1000), progress=step)
     tried = [{"model": t["recipe"]["model"], "validation": t["value"], "metric": t["metric"], "cases": t["cases"], "seconds": t["seconds"]} for t in done["tried"]]
     tell(done, json=json, text=f"{table(tried, none='')}\n{done['model']} in {done['seconds']:.0f} s ({done['cpu_seconds']:.0f} CPU s): {out}\n"
                                "validation chose the model, so its figures flatter it: judge it by items that were not in the file")

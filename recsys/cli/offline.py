@@ -25,12 +25,13 @@ from ..prep.sequences import Sequences, ends
 from ..prep.vocab import Vocab
 from ..schema import ITEMS
 from ..training import protocols
+from ..training.pace import Clock, now
 from ..training.protocols import Corpus, FileError, Protocol
 
 # %% ../../nbs/900_cli/920_offline.ipynb #4ef0a315
-def _rest(until: float | None) -> float | None:
+def _rest(until: float | None, clock: Clock) -> float | None:
     "Minutes that are left."
-    return None if until is None else max((until - time.monotonic()) / 60, 0.01)
+    return None if until is None else max((until - now(clock)) / 60, 0.01)
 
 
 def _question(corpus: Corpus, *, seed: int, most: int) -> Question:
@@ -42,7 +43,8 @@ def choose(
     corpus: Corpus,
     which: str,  # popular, covisit, sequential, blend or best
     *,
-    until: float | None = None,  # `time.monotonic()` at which all is to be done
+    until: float | None = None,  # `pace.now(clock)` at which all is to be done
+    clock: Clock = "wall",
     refit: bool = False,
     seed: int = 0,
     most: int = 10_000,  # validation cases
@@ -50,12 +52,12 @@ def choose(
     progress: Progress | None = None,
 ) -> Choice:
     "The best recipe of a kind on the held-out part, fitted on the rest or, with `refit`, on all."
-    question, rest = _question(corpus, seed=seed, most=most), _rest(until)
-    chosen = recipes.best(which, question, minutes=None if rest is None else rest * (0.5 if refit else 1), vocab=corpus.vocab, options=options, progress=progress)
+    question, rest = _question(corpus, seed=seed, most=most), _rest(until, clock)
+    chosen = recipes.best(which, question, minutes=None if rest is None else rest * (0.5 if refit else 1), clock=clock, vocab=corpus.vocab, options=options, progress=progress)
     if not refit: return chosen
     run: dict[str, Any] = {"progress": lambda status: progress("training again", status.progress, str(status))} if progress else {}
     if chosen.epochs and until is None: run["epochs"] = round(chosen.epochs)
-    parts = recipes.fit(chosen.recipe, protocols.interactions(corpus), asof=len(corpus) + 1, seed=seed, vocab=corpus.vocab, times=False, minutes=_rest(until), **run)
+    parts = recipes.fit(chosen.recipe, protocols.interactions(corpus), asof=len(corpus) + 1, seed=seed, vocab=corpus.vocab, times=False, minutes=_rest(until, clock), clock=clock, **run)
     return Choice(chosen.recipe, parts, chosen.evaluation, chosen.tried, chosen.epochs)
 
 # %% ../../nbs/900_cli/920_offline.ipynb #e95ae44a
@@ -68,29 +70,30 @@ def fit(
     *,
     model: str = "best",
     protocol: Protocol = "loo",
-    minutes: float | None = None,  # wall time since `began`, all included
-    began: float | None = None,  # `time.monotonic()`; default: now
+    minutes: float | None = None,  # since `began`, all included
+    clock: Clock = "wall",  # of the minutes; cpu: of this process
+    began: float | None = None,  # by the clock; default: now
     seed: int = 0,
     refit: bool = False,
     options: Mapping[str, Any] | None = None,  # of the network
-    now: int = 0,  # ms UTC, when the bundle was made
+    at: int = 0,  # ms UTC, when the bundle was made
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     "Learn from a file and write a bundle. Raises FileError, RecipeError, BundleError, OSError."
-    started, began, cpu = time.monotonic(), time.monotonic() if began is None else began, time.process_time()
+    started, began, cpu = now(clock), now(clock) if began is None else began, time.process_time()
     out = _place(Path(out))
     if progress: progress("reading", None)
     corpus = protocols.read(file, protocol, seed=seed)
     until = None if minutes is None else began + 60 * minutes * (1 - SAVING) - 1
-    chosen = choose(corpus, model, until=until, refit=refit, seed=seed, options=options, progress=progress)
+    chosen = choose(corpus, model, until=until, clock=clock, refit=refit, seed=seed, options=options, progress=progress)
     metrics = {name: asdict(i) for name, i in chosen.evaluation.intervals.items()} if chosen.evaluation else {}
-    about = {"created": now, "model": chosen.recipe.model, "recipe": chosen.recipe.plain, "metrics": metrics, "tried": chosen.tried,
+    about = {"created": at, "model": chosen.recipe.model, "recipe": chosen.recipe.plain, "metrics": metrics, "tried": chosen.tried,
              "data": {**corpus.plain, "fitted_on": "all" if refit else "all but what validation held out"},
-             "settings": {"model": model, "protocol": protocol, "minutes": minutes, "seed": seed, "refit": refit, "options": dict(options or {})}}
+             "settings": {"model": model, "protocol": protocol, "minutes": minutes, "clock": clock, "seed": seed, "refit": refit, "options": dict(options or {})}}
     path = release.write_bundle(list(chosen.parts.values()), pl.DataFrame(schema=ITEMS), registry=out, about=about)
-    bundle.promote(out, path.name, reason=f"recsys fit {corpus.source}", at=now)
+    bundle.promote(out, path.name, reason=f"recsys fit {corpus.source}", at=at)
     return {"bundle": str(path), "model": chosen.recipe.model, "recipe": chosen.recipe.plain, "validation": metrics, "tried": chosen.tried, "data": corpus.plain,
-            "seconds": round(time.monotonic() - min(began, started), 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+            "seconds": round(now(clock) - min(began, started), 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
 
 
 def _place(out: Path) -> Path:

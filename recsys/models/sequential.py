@@ -8,7 +8,6 @@ __all__ = ['WORDS', 'Sequential', 'load', 'extended', 'ndcg', 'fit']
 # %% ../../nbs/500_models/550_sequential.ipynb #c0fef483
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +27,7 @@ from ..prep.vocab import Vocab
 from ..schema import ITEM_ID
 
 # %% ../../nbs/500_models/550_sequential.ipynb #6cb747a9
-if TYPE_CHECKING: from recsys.training.pace import Result, Status
+if TYPE_CHECKING: from recsys.training.pace import Clock, Result, Status
 
 # %% ../../nbs/500_models/550_sequential.ipynb #e9840144
 @dataclass(frozen=True, eq=False)
@@ -178,7 +177,9 @@ def fit(
     seed: int = 0,
     vocab: Vocab | None = None,  # default: the items of the rows
     epochs: int = 12,  # at the most
-    minutes: float | None = None,  # of wall time, all included; the learning rate is run down in them
+    minutes: float | None = None,  # all included; the learning rate is run down in them
+    clock: "Clock" = "wall",  # of the minutes
+    spare: Callable[[Sequential], float] | None = None,  # seconds of the minutes to be left over; asked before the training, with the model as it is then
     dim: int = 128,
     blocks: int = 2,
     heads: int = 2,
@@ -206,7 +207,8 @@ def fit(
     progress: Callable[["Status"], None] | None = None,
 ) -> Sequential:
     "Learn what follows from what. On a CPU, with `minutes` left out, the same rows and seed give the same bits. Raises ValueError."
-    started, known = time.perf_counter(), learnable(interactions, asof=asof)
+    from recsys.training.pace import Options, now
+    started, known = now(clock), learnable(interactions, asof=asof)
     vocab = Vocab.build(known[ITEM_ID]) if vocab is None else vocab
     back = 2000 if patience and validate is None else 0
     log, asked, wanted = _log(known, vocab, most=back, folder=folder, seed=seed, repeats=repeats, longest=longest, sides=list(sides))
@@ -216,7 +218,6 @@ def fit(
     from recsys.prep.pairs import first_table
     from recsys.training.cluster import shared
     from recsys.training.network import Net, NextItem, Shape
-    from recsys.training.pace import Options
     from recsys.training.trainer import train
     shape = Shape(len(vocab), dim, blocks, heads, ffn, conv, length, cosine=cosine, words=0 if items is None else WORDS, sides=tuple(SIDES[s] for s in sides))
     with torch.random.fork_rng([]):
@@ -232,8 +233,8 @@ def fit(
         words = np.empty((0, dim), np.float32) if items is None else net.word.weight.detach().cpu().numpy()
         return Sequential(vocab, forward_of(net), counts, words, repeats, asof)
     if not (log.histories.lengths > 1).any(): return replace(model(), counts=np.zeros_like(counts), words=np.empty((0, dim), np.float32))  # nothing follows anything
-    left = None if minutes is None else max(minutes - (time.perf_counter() - started) / 60, 0.01)
-    how = Options(epochs=epochs, minutes=left, lr=lr, weight_decay=weight_decay, ema=ema, patience=patience, seed=seed, device=device, dtype=dtype, compile=compile)
+    left = None if minutes is None else max(minutes - ((spare(model()) if spare else 0.0) + now(clock) - started) / 60, 0.01)
+    how = Options(epochs=epochs, minutes=left, clock=clock, lr=lr, weight_decay=weight_decay, ema=ema, patience=patience, seed=seed, device=device, dtype=dtype, compile=compile)
     task = NextItem(net, log.histories, seed=seed, tokens=tokens, negatives=negatives, sides=log.sides)
     result = train(task, how, folder=folder, validate=validate and (lambda: validate(model())), progress=progress)
     return replace(model(), training=result)

@@ -24,7 +24,7 @@ from ..telemetry import logger
 from . import checkpoints
 from .checkpoints import Weights, packed, unpack
 from .cluster import Place, compute_dtype, key, place
-from .pace import Options, Pace, Point, Result, Status, Tally, TrainingError, rate
+from .pace import Options, Pace, Point, Result, Status, Tally, TrainingError, now, rate
 
 # %% ../../nbs/400_training/480_trainer.ipynb #a8522eed
 class Task(Protocol):
@@ -71,13 +71,16 @@ class _Run:
     dtype: torch.dtype
     pace: Pace
     tally: Tally = field(default_factory=Tally)
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(init=False)
     cpu_started: float = field(default_factory=time.process_time)
     written: float = field(default_factory=time.perf_counter)  # the last checkpoint
     shown: float = 0.0  # the last progress
 
+    def __post_init__(self) -> None: self.started = self.now()
+    def now(self) -> float: return now(self.options.clock)
+
     @property
-    def elapsed(self) -> float: return self.tally.seconds + time.perf_counter() - self.started
+    def elapsed(self) -> float: return self.tally.seconds + self.now() - self.started
 
     @property
     def over(self) -> bool: return self.pace.done or 0 < self.options.patience <= self.tally.stale
@@ -154,19 +157,19 @@ def _epoch(run: _Run) -> None:
     if not len(plan): raise TrainingError(f"epoch {tally.epoch}: the plan has no batch; give rows with at least two items")
     run.task.module.train()
     batches = iter(_batches(run, plan))
-    losses, targets, began = torch.zeros((), dtype=torch.float64, device=run.here.device), 0, time.perf_counter()
+    losses, targets, began = torch.zeros((), dtype=torch.float64, device=run.here.device), 0, run.now()
     while not run.pace.done and tally.batch < len(plan):
-        waits = time.perf_counter()
+        waits = run.now()
         count, ours, batch = next(batches)
-        tally.waiting += time.perf_counter() - waits
+        tally.waiting += run.now() - waits
         losses, targets = losses + _step(run, count, ours, batch), targets + count
         tally.step, tally.batch = tally.step + 1, tally.batch + 1
         if cuda and tally.batch % 10 and tally.batch < len(plan): continue
         if cuda: torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
+        seconds = run.now() - began
         tally.stepping += seconds
         _beat(run, tally.epoch + tally.batch / len(plan), losses, targets, seconds)
-        losses, targets, began = torch.zeros_like(losses), 0, time.perf_counter()
+        losses, targets, began = torch.zeros_like(losses), 0, run.now()
     _close(run)
 
 # %% ../../nbs/400_training/480_trainer.ipynb #8d817a1a
@@ -184,7 +187,7 @@ def _close(run: _Run) -> None:
 
 def _validated(run: _Run, validate: Callable[[], float]) -> None:
     "The lead process judges the averaged weights, the others wait."
-    tally, weights, began, value = run.tally, run.weights, time.perf_counter(), math.nan
+    tally, weights, began, value = run.tally, run.weights, run.now(), math.nan
     if run.here.leads:
         run.task.module.eval()
         with weights.averaged(), torch.no_grad(): value = float(validate())
@@ -193,10 +196,10 @@ def _validated(run: _Run, validate: Callable[[], float]) -> None:
     better = tally.best is None or value > tally.best
     tally.best, tally.stale = (value, 0) if better else (tally.best, tally.stale + 1)
     if better and run.options.patience: weights.best = [p.clone() for p in weights.ema] if weights.ema is not None else weights.copied()
-    run.pace.pause(time.perf_counter() - began)
+    run.pace.pause(run.now() - began)
 
 # %% ../../nbs/400_training/480_trainer.ipynb #3f1609d4
-_ELSEWHERE = {"minutes", "device", "dtype", "compile", "checkpoint_seconds"}  # may differ when a training goes on
+_ELSEWHERE = {"minutes", "clock", "device", "dtype", "compile", "checkpoint_seconds"}  # may differ when a training goes on
 
 
 def _write(run: _Run) -> None:
