@@ -19,7 +19,7 @@ import pytest
 
 from recsys.features import definitions
 from recsys.features.definitions import SERVICES, TABLES, VIEWS, View, digest, windowed
-from recsys.features.items import Items
+from recsys.features.matrix import opened
 from recsys.features.store import (
     ITEMS,
     OFFLINE,
@@ -312,7 +312,7 @@ def test_materialize_brings_the_lake_online(home: Home):
     lake.append("items", shop_.items)
     code, said = recsys(home, "materialize")
     assert code == 0 and {m["view"] for m in said["materialized"]} == set(VIEWS), said
-    assert [str(Items.current(home.features / ITEMS, s).version) for s in SERVICES] == said["items_versions"]
+    assert [str(opened(home.features / ITEMS, s).version) for s in SERVICES] == said["items_versions"]
     store = open_store(home, load({}), write=False)
     [price] = store.get_online_features(["item_catalogue:item_price"], [{"item_id": "mug"}]).to_dict()["item_price"]
     assert price == 4.0

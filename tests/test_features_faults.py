@@ -16,8 +16,9 @@ import pytest
 from feature_home import home_of
 
 from recsys.features.definitions import ITEM_WINDOWS, RETRIEVAL_V1, TABLES, USER_WINDOWS, Service
-from recsys.features.items import Items, Layout, pack
+from recsys.features.items import Layout, pack
 from recsys.features.live import LiveFeatures
+from recsys.features.matrix import Items
 from recsys.features.online import Breaker, Reader, _Counts, write_rows
 from recsys.features.store import ONLINE, REGISTRY, open_store
 from recsys.schema import ITEM_ID, TS, USER_ID

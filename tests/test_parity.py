@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recsys.features.definitions import CATALOGUE, ITEM_CATALOGUE, ITEM_WINDOWS, RETRIEVAL_V1, USER_WINDOWS, age_ms
-from recsys.features.items import Items, Layout, latest, pack
-from recsys.features.parity import Parity, check, noted
+from recsys.features.items import Layout, latest, pack
+from recsys.features.matrix import Items
+from recsys.features.parity import Parity, check
+from recsys.features.record import noted
 from recsys.lake.tables import Lake
 from recsys.prep.windows import known_windows, windows
 from recsys.schema import EVENTS, IMPRESSIONS

@@ -26,7 +26,8 @@ import polars as pl
 from .features import Sizes, as_feast, child_of, frames, judged, line_of, matrix, names, quiet, report, rows_of, seconds_of, server, settings_of
 from .harness import BenchError
 from ..features.definitions import ITEM_WINDOWS, RETRIEVAL_V1, USER_WINDOWS, Service
-from ..features.items import Items, Layout, pack
+from ..features.items import Layout, pack
+from ..features.matrix import Items
 from ..features.store import OFFLINE, ONLINE, PROJECT, STORES, feast, objects, open_store
 from ..schema import ITEM_ID, TS, USER_ID
 from ..settings import Home

@@ -197,7 +197,7 @@ def frames(folder: Path, *, sizes: Sizes, repeats: int, seed: int) -> list[dict[
 
 # %% ../../nbs/800_bench/820_features.ipynb #4b99f906
 MAP = """import sys, json, psutil, numpy as np
-from recsys.features.items import Items
+from recsys.features.matrix import Items
 me = psutil.Process()
 before = me.memory_full_info()
 items = Items(sys.argv[1])

@@ -21,7 +21,7 @@ from ..lake.tables import Lake, equals
 from ..prep.backend import Engine, collect, partition
 from ..prep.clean import clean, latest_items, require_times
 from ..prep.windows import known_windows
-from ..schema import CATEGORY, EVENT_ID, ITEM_ID, ITEMS, KNOWN_TS, PRICE, QUANTITY, SEQ, TS, TYPE, USER_ID, USER_SEQ
+from ..schema import CATEGORY, EVENT_ID, ITEM_ID, ITEMS, KNOWN_TS, PRICE, QUANTITY, SEQ, TS, TYPE, USER_ID
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -42,7 +42,7 @@ def view_rows(
     if not view.spans: return _catalogue(items)
     of = events.drop(CATEGORY, strict=False).join(categories(items), on=ITEM_ID) if CATEGORY in view.keys else events
     rows = known_windows(of, key=view.keys, spans=view.span_ms, measures=view.measures, ratios=view.ratios, grid_ms=view.grid_ms)
-    return rows.rename({SEQ: USER_SEQ}).select(list(view.table)) if USER_SEQ in view.names else rows.select(list(view.table))
+    return (rows.rename({SEQ: view.mark}) if view.mark else rows).select(list(view.table))
 
 
 def _catalogue(items: pl.LazyFrame) -> pl.LazyFrame:
@@ -104,13 +104,13 @@ def _parts(view: View, events: pl.LazyFrame, items: pl.LazyFrame, before: pl.Laz
     for p in range(parts):
         mine = of if parts == 1 else of.filter(partition(key, parts) == p)
         rows = collect(view_rows(view, events=mine, items=items).filter(pl.col(TS) >= since), engine=engine)
-        yield rows if before is None or USER_SEQ not in view.names else _marked(view, rows, before)
+        yield rows if before is None or view.mark is None else _marked(rows, before, view.keys, view.mark)
 
 
-def _marked(view: View, rows: pl.DataFrame, before: pl.LazyFrame) -> pl.DataFrame:
+def _marked(rows: pl.DataFrame, before: pl.LazyFrame, keys: Sequence[str], mark: str) -> pl.DataFrame:
     "The mark only grows: events older than the longest span, which were not read again, count in it too."
-    old = before.join(rows.lazy().select(view.keys), on=view.keys, how="semi").group_by(view.keys).agg(pl.col(USER_SEQ).max().alias(_N)).collect()
-    return rows.join(old, on=view.keys, how="left", maintain_order="left").with_columns(pl.max_horizontal(USER_SEQ, _N).alias(USER_SEQ)).drop(_N)
+    old = before.join(rows.lazy().select(keys), on=keys, how="semi").group_by(keys).agg(pl.col(mark).max().alias(_N)).collect()
+    return rows.join(old, on=keys, how="left", maintain_order="left").with_columns(pl.max_horizontal(mark, _N).alias(mark)).drop(_N)
 
 # %% ../../nbs/300_features/320_offline.ipynb #44f45792
 def build(

@@ -123,7 +123,7 @@ class Reader:
         self._pairs = [self._source(store, v, names) for v, names in service.reads if v.keys == (USER_ID, CATEGORY)]
 
     def _source(self, store: FeatureStore, view: View, names: tuple[str, ...]) -> _Source:
-        wanted = names if USER_SEQ in names or USER_SEQ not in view.names else (*names, USER_SEQ)
+        wanted = names if view.mark is None or view.mark in names else (*names, view.mark)
         return _Source(view, feast_view(store, view.name), wanted, {f.name: f.default for f in view.features if f.name in wanted})
 
     def user(

@@ -21,7 +21,7 @@ from .store import open_store
 from ..lake.tables import Lake
 from ..prep.clean import clean, latest_items
 from ..prep.windows import known_windows
-from ..schema import CATEGORY, EVENT_ID, EVENTS, ITEM_ID, KNOWN_TS, PRICE, QUANTITY, SEQ, TS, TS_IS_ORDER, TYPE, USER_ID, USER_SEQ
+from ..schema import CATEGORY, EVENT_ID, EVENTS, ITEM_ID, KNOWN_TS, PRICE, QUANTITY, SEQ, TS, TS_IS_ORDER, TYPE, USER_ID
 from ..settings import Home, Settings
 from ..telemetry import counter, gauge, histogram, logger
 
@@ -37,7 +37,7 @@ TTL_MS = max(v.ttl_ms or 0 for v in (USER_WINDOWS, USER_CATEGORY))
 def last_rows(view: View, events: pl.LazyFrame) -> pl.DataFrame:
     "The last row of each key of a view of users, in the columns of its offline table. `events` are clean and carry the `category` of their item."
     rows = known_windows(events, key=view.keys, spans=view.span_ms, measures=view.measures, ratios=view.ratios, grid_ms=view.grid_ms)
-    return rows.group_by(view.keys).last().with_columns(pl.col(SEQ).alias(USER_SEQ)).select(list(view.table)).sort(view.keys).collect()
+    return rows.group_by(view.keys).last().rename({SEQ: view.mark or SEQ}).select(list(view.table)).sort(view.keys).collect()
 
 # %% ../../nbs/300_features/390_updater.ipynb #728be066
 def _own() -> pl.Expr: return pl.min_horizontal(TS, KNOWN_TS)
@@ -48,7 +48,7 @@ class _Memory:
 
     def __init__(self) -> None:
         self.events = pl.DataFrame(schema={**{c: EVENTS[c] for c in KEPT}, CATEGORY: pl.String()})
-        self.places: dict[str, int] = {}  # of shoppers, the greatest sequence number among events that were let go
+        self.places: dict[tuple[str | None, ...], int] = {}  # of shoppers and of pairs, the greatest sequence number among events that were let go
 
     def add(self, events: pl.DataFrame) -> None: self.events = self.events.vstack(events.select(self.events.columns))
 
@@ -59,7 +59,7 @@ class _Memory:
         there = self.of(events[USER_ID].unique())
         last = there.group_by(USER_ID, CATEGORY).agg(pl.col(KNOWN_TS).max().alias("last"))
         new = events.join(there, on=EVENT_ID, how="anti").join(last, on=(USER_ID, CATEGORY), how="left", nulls_equal=True)
-        noted = pl.Series([self.places.get(u, 0) for u in new[USER_ID]], dtype=pl.Int64)
+        noted = pl.Series([self.places.get((u,), 0) for u in new[USER_ID]], dtype=pl.Int64)
         old = ((_own() <= pl.col("last").fill_null(0) - SPAN_MS) & (pl.col(KNOWN_TS) < pl.col("last"))) | (pl.col(KNOWN_TS) <= now - TTL_MS)
         return new.filter(~old | (pl.col(SEQ).fill_null(0) > noted)).drop("last")
 
@@ -68,15 +68,16 @@ class _Memory:
         last = pl.col(KNOWN_TS).max().over(USER_ID, CATEGORY)
         counts = (_own() > last - SPAN_MS) | (pl.col(KNOWN_TS) == last)  # one that came too late for any window still gives its row the time
         marked = self.events.with_columns((counts & (last > now - TTL_MS)).alias("keep"))
-        gone = marked.filter(~pl.col("keep"), pl.col(SEQ) > 0).group_by(USER_ID).agg(pl.col(SEQ).max())
-        for user, place in gone.iter_rows(): self.places[user] = max(place, self.places.get(user, 0))
+        gone = marked.filter(~pl.col("keep"), pl.col(SEQ) > 0).group_by(USER_ID, CATEGORY).agg(pl.col(SEQ).max())
+        for user, category, place in gone.iter_rows():
+            for key in ((user,), (user, category)): self.places[key] = max(place, self.places.get(key, 0))
         self.events = marked.filter("keep").drop("keep").rechunk()
 
-    def marked(self, rows: pl.DataFrame) -> pl.DataFrame:
-        "Rows of users with the greatest sequence number of all their events."
-        if USER_SEQ not in rows.columns or not self.places: return rows
-        seen = pl.Series([self.places.get(u, 0) for u in rows[USER_ID]], dtype=pl.Int64)
-        return rows.with_columns(pl.max_horizontal(USER_SEQ, seen))
+    def marked(self, view: View, rows: pl.DataFrame) -> pl.DataFrame:
+        "Rows of a view with the greatest sequence number of all events of their key."
+        if view.mark is None or not self.places: return rows
+        seen = pl.Series([self.places.get(key, 0) for key in rows.select(view.keys).iter_rows()], dtype=pl.Int64)
+        return rows.with_columns(pl.max_horizontal(view.mark, seen))
 
 # %% ../../nbs/300_features/390_updater.ipynb #5dd673fa
 BATCH_USERS = 2_000  # rows computed and written at once
@@ -216,7 +217,7 @@ class Updater(_Followed):
         events = self._memory.of(pl.Series(users, dtype=pl.String))
         try:
             for view in (USER_WINDOWS, USER_CATEGORY):
-                count = write_rows(self._store, view, self._memory.marked(last_rows(view, events.lazy())))
+                count = write_rows(self._store, view, self._memory.marked(view, last_rows(view, events.lazy())))
                 self._gauges.written.labels(view.name).inc(count)
                 rows += count
         except FAILURES as e:
