@@ -18,6 +18,9 @@ import polars as pl
 
 from . import covisit, popular, sequential
 from .contract import Model, Slates, best, check, enough, places
+from .covisit import Covisit
+from .index import DEPTH, NONE, Index
+from .sequential import Sequential
 from ..prep.sequences import Sequences
 from ..prep.vocab import Vocab
 
@@ -91,6 +94,8 @@ class Blend:
     def recommend(self, queries: Sequences, *, k: int, exclude: Sequences | None = None, filters: np.ndarray | None = None) -> Slates:
         "The k best for each query; a batch is worked off in pieces of bounded memory."
         check(self, queries, k=k, exclude=exclude, filters=filters)
+        if len(queries) == 1 and self._quick:
+            return Slates.of([self.one(queries[0], k=k, exclude=NONE if exclude is None else np.unique(exclude[0]), mask=filters)], k=k, name=self.name)
         found, step = [], max(1, 4_000_000 // len(self.vocab))
         for start in range(0, len(queries), step):
             for q, row in enumerate(self.scores(queries[start:start + step]), start):
@@ -103,6 +108,37 @@ class Blend:
         if hidden is not None: row[hidden] = 0
         items = np.flatnonzero(row >= max(enough(row, k), np.float32(1e-38)))
         return best(items, row[items], self.place, k)
+
+    @property
+    def _quick(self) -> bool:
+        "Are they a network with an index, and counts?"
+        match self.parts:
+            case (Sequential(index=Index(codes=codes)), Covisit()): return codes is not None
+            case _: return False
+
+    def one(
+        self,
+        history: np.ndarray,  # int32 [H], oldest first
+        *,
+        k: int,
+        exclude: np.ndarray = NONE,  # int32, rising, each once
+        mask: np.ndarray | None = None,  # bool [n], true where an item may be shown
+    ) -> tuple[np.ndarray, np.ndarray]:  # int32 and float32, at most k, best first
+        "What `recommend` says of one query. All that the counts know nothing of are in the network's order, so its best and the counts' neighbours hold the k best."
+        if not self._quick or (state := self.parts[0].state(history)) is None:  # type: ignore[attr-defined]
+            return self._best(self.scores(Sequences.from_lists([history]))[0], k, exclude, mask)
+        net, near = self.parts
+        beside, weights = near.near.summed(history)  # type: ignore[attr-defined]
+        may = np.ones(len(beside), bool) if mask is None else mask[beside]
+        if len(exclude): may &= exclude.take(exclude.searchsorted(beside), mode="clip") != beside
+        total, others = max(float(weights.sum()), 1e-30), net.index.search(state, max(k + DEPTH, 2 * DEPTH), allowed=mask, exclude=exclude)[0]  # type: ignore[attr-defined]
+        items = np.concatenate([beside[may], np.setdiff1d(others, beside, assume_unique=True)]).astype(np.int32)
+        counted = np.concatenate([weights[may] / total, np.zeros(len(items) - int(may.sum()))]).astype(np.float32)
+        said = net.index.probabilities(net.forward.compared.take(items, 0) @ state, state)  # type: ignore[attr-defined]
+        score = self.weights[0] * np.log(said + np.float32(self.floors[0])) + self.weights[1] * np.log(counted + np.float32(self.floors[1]))
+        if not len(score): return items, score
+        score = np.exp(score - score.max())
+        return best(items, score / score.sum(), self.place, k)
 
     def because(self, history: np.ndarray, items: np.ndarray) -> np.ndarray:
         "int32 [k]: for each item of an answer, the item of the history that speaks for it, by the first part that gives reasons; 0 where none does."

@@ -65,6 +65,9 @@ class Forward:
         return [{name: array for (m, name), array in split if m == str(n)} for n in range(1 + max((int(m) for (m, _), _ in split), default=-1))]
 
     @cached_property
+    def sides(self) -> int: return sum(name.startswith("side.") for name in self.weights)
+
+    @cached_property
     def compared(self) -> np.ndarray:
         "float32 [n, D], whose product with states are the logits."
         table = self.weights["table"]
@@ -74,7 +77,7 @@ class Forward:
     def states(self, items: np.ndarray, lengths: np.ndarray, sides: Sequence[np.ndarray] = ()) -> np.ndarray:
         "float32 [B, D] at the last of `lengths` [B] (1 or more) positions of items [B, L], rows from the left."
         x = self.weights["table"][items] + self.weights["position"][:items.shape[1]]
-        for n in range(sum(name.startswith("side.") for name in self.weights)):
+        for n in range(self.sides):
             x += self.weights[f"side.{n}.weight"][sides[n] if sides else np.zeros(1, np.int64)]
         last = np.arange(len(items)), lengths - 1
         for n, block in enumerate(self.blocks): x = self._block(block, x, last if n == len(self.blocks) - 1 else None)
