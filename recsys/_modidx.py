@@ -1049,8 +1049,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'recsys/models/covisit.py'),
                                        'recsys.models.covisit.Neighbours.scores': ( '500_models/covisit.html#neighbours.scores',
                                                                                     'recsys/models/covisit.py'),
-                                       'recsys.models.covisit.Neighbours.summed': ( '500_models/covisit.html#neighbours.summed',
-                                                                                    'recsys/models/covisit.py'),
                                        'recsys.models.covisit.Steps': ('500_models/covisit.html#steps', 'recsys/models/covisit.py'),
                                        'recsys.models.covisit.fit': ('500_models/covisit.html#fit', 'recsys/models/covisit.py'),
                                        'recsys.models.covisit.load': ('500_models/covisit.html#load', 'recsys/models/covisit.py'),

@@ -128,7 +128,7 @@ class Blend:
         if not self._quick or (state := self.parts[0].state(history)) is None:  # type: ignore[attr-defined]
             return self._best(self.scores(Sequences.from_lists([history]))[0], k, exclude, mask)
         net, near = self.parts
-        beside, weights = near.near.summed(history)  # type: ignore[attr-defined]
+        beside, weights = near.near.found(history)  # type: ignore[attr-defined]
         may = np.ones(len(beside), bool) if mask is None else mask[beside]
         if len(exclude): may &= exclude.take(exclude.searchsorted(beside), mode="clip") != beside
         total, others = max(float(weights.sum()), 1e-30), net.index.search(state, max(k + DEPTH, 2 * DEPTH), allowed=mask, exclude=exclude)[0]  # type: ignore[attr-defined]

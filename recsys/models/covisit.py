@@ -128,14 +128,6 @@ class Neighbours:
         near, weight, _ = self.evidence(history)
         return np.bincount(near, weight, self.table.shape[0]).astype(np.float32)
 
-    def summed(self, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "The items that the latest items speak for, int32 [E] rising, and the sum of what they say, float32; without a row of all items."
-        near, weight, _ = self.evidence(history)
-        order = np.argsort(near, kind="stable")
-        near, weight = near[order], weight[order]
-        first = np.flatnonzero(np.diff(near, prepend=-1))
-        return near[first], np.add.reduceat(weight, first) if len(first) else weight
-
     def because(self, history: np.ndarray, items: np.ndarray) -> np.ndarray:
         "int32 [k]: the item of the history that contributed most to each of k items; 0 where none did. Of two equal ones the later."
         near, weight, said_by = self.evidence(history)
