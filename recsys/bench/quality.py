@@ -28,6 +28,7 @@ from ..prep.vocab import Vocab
 from ..schema import ITEM_ID, TS, TS_IS_ORDER, TYPE, USER_ID
 from ..training import protocols
 from ..training.evaluate import Evaluation, evaluate
+from ..training.metrics import paired_bootstrap
 from ..training.splits import Cases, before_last, leave_one_out, popularity, time_split
 from ..training.splits import cases as cases_of
 
@@ -239,6 +240,27 @@ def baskets(data: Path, *, seed: int = 0, most: int = 4000) -> dict[str, Evaluat
         else: found = {m.name: judge(m) for m in parts} | {f"blend {best}": judge(mixed(*best))}
     return found
 
+
+SHOP = "online-retail"
+
+
+def paired(found: Mapping[str, Evaluation], *, metric: str = "recall@10", seed: int = 0) -> dict[str, Any]:
+    "Figures of baselines and, last, of what should beat them: its gain over the best one, case by case, and as a share of that."
+    *plain, name = found
+    best = max(plain, key=lambda n: found[n].intervals[metric].mean)
+    gain = paired_bootstrap(found[name].per_case[metric], found[best].per_case[metric], seed=seed, groups=found[name].groups)
+    return {"task": SHOP, "metric": metric, "cases": found[name].n, "models": {n: asdict(e.intervals[metric]) for n, e in found.items()}, "best_baseline": best,
+            "gain": asdict(gain), "gain_share": round(gain.mean / found[best].intervals[metric].mean, 4), "code": code_hash(), "machine": machine()}
+
+def basket_lines(results: Path) -> list[dict[str, Any]]:
+    "A row for each model of the shop's run, if there was one."
+    file = results / f"quality-{SHOP}.json"
+    if not file.is_file(): return []
+    run, said = json.loads(file.read_text()), lambda i: f"{i['mean']:.4f} [{i['low']:.4f}, {i['high']:.4f}]"
+    last = list(run["models"])[-1]
+    return [{"task": SHOP, "model": name, run["metric"]: said(interval), "cases": run["cases"],
+             "gain over the best": f"{said(run['gain'])}, {run['gain_share']:+.1%} of {run['best_baseline']}" if name == last else ""} for name, interval in run["models"].items()]
+
 # %% ../../nbs/800_bench/830_quality.ipynb #530a7672
 def quality(
     names: Sequence[str],
@@ -254,11 +276,15 @@ def quality(
 ) -> list[Path]:
     "Run tasks and keep their results; each seed of each task in turn. Raises BenchError for an unknown task."
     for name in names:
-        if name not in TASKS: raise BenchError(f"task {name!r}: must be one of {', '.join(TASKS)}")
-    todo, files = [(TASKS[name], seed) for seed in seeds for name in names], []
+        if name not in (*TASKS, SHOP): raise BenchError(f"task {name!r}: must be one of {', '.join((*TASKS, SHOP))}")
+    todo, files = [(TASKS[name], seed) for seed in seeds for name in names if name != SHOP], list[Path]()
     work.mkdir(parents=True, exist_ok=True)
     for n, (task, seed) in enumerate(todo):
         if progress: progress("runs", n / len(todo))
         found = one(task, seed=seed, root=root, data=data_folder(root), work=work, minutes=minutes, model=model, threads=threads)
         files.append(keep(found, results))
+    if SHOP in names:
+        if progress: progress(SHOP, None)
+        files.append(results / f"quality-{SHOP}.json")
+        files[-1].write_text(json.dumps(paired(baskets(data_folder(root))), indent=1) + "\n", encoding="utf-8")
     return files

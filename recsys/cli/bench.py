@@ -68,8 +68,8 @@ def bench_quality(
         with bar(json) as step:
             if names: bench.quality(names, root=root(), work=opened(home)[0].work / "bench", results=store, seeds=[int(s) for s in seeds.split(",")],
                                     minutes=minutes, model=model, threads=threads, progress=step)
-        rows = bench.lines(bench.kept(store))
-    tell({"table": rows}, json=json, text=table(rows, none=""))
+        rows, baskets = bench.lines(bench.kept(store)), bench.basket_lines(store)
+    tell({"table": rows, "baskets": baskets}, json=json, text=table(rows, none="") + ("\n" + table(baskets, none="") if baskets else ""))
 
 # %% ../../nbs/900_cli/950_bench.ipynb #131706a4
 @bench_app.command("training", epilog="Example: recsys bench training --minutes 1 --repeats 3")

@@ -199,7 +199,7 @@ class Held:
 def hold_out(
     corpus: Corpus,
     *,
-    share: float = 0.05,  # of the sessions; leave-one-out holds out one item a user
+    share: float = 0.05,  # of the sessions, at most: as many of the latest as it takes for the cases; leave-one-out holds out one item a user
     most: int = 10_000,  # cases, drawn by the seed
     seed: int = 0,
 ) -> Held:
@@ -209,7 +209,9 @@ def hold_out(
     if corpus.protocol == "loo":
         known = before_last(rows, "test")
         return Held(known, asof, leave_one_out(rows, "test", corpus.vocab, history=len(corpus), most=most, seed=seed), True)
-    held = pl.Series(corpus.who >= len(corpus.users) - int(len(corpus.users) * share))
+    asked = np.cumsum(np.maximum(corpus.histories.lengths - 1, 0)[::-1])
+    many = min(int(len(corpus.users) * share), int(np.searchsorted(asked, most)) + 1)
+    held = pl.Series(corpus.who >= len(corpus.users) - many)
     known = rows.filter(~held)
     return Held(known, asof, prefix_cases(rows.filter(held), corpus.vocab, training=known, most=most, seed=seed), False)
 
