@@ -129,10 +129,10 @@ def test_weights_of_a_blend_are_those_of_the_model(folder: Path) -> None:
     question = recipes.Question(held.known, held.asof, held.cases, held.hide_seen, times=False)
     made = recipes.fit(recipes.Recipe("covisit", recipes.ORDERED), held.known, asof=held.asof, vocab=corpus.vocab, times=False)
     values = recipes.weigh(made["popular"], made["covisit"], question, weights=(0.0, 0.5, 2.0))
-    for weight, value in values.items():
+    for (weight, _), value in values.items():
         whole = blend.usual(made["popular"], made["covisit"], weight=weight)
         assert value == pytest.approx(question.judge(whole).intervals["ndcg@10"].mean, abs=2e-3)
-    assert values[2.0] > values[0.0]
+    assert values[2.0, 0.0] > values[0.0, 0.0]
 
 
 def test_a_time_budget_reaches_the_network_without_what_came_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,17 +164,21 @@ def fit(
     floor: float = 1e-4,  # its share of an item of which it knows nothing
     network: Mapping[str, Any] | None = None,  # options of `sequential.fit`
     counts: Mapping[str, Any] | None = None,  # options of `covisit.fit`
+    echo: float = 0.0,  # weight of popularity with an echo; 0: no such part
+    echoes: Mapping[str, Any] | None = None,  # options of its `popular.fit`
     **run: Any,  # epochs, minutes, progress, folder, device: of the network
 ) -> Blend:
-    "Fit both parts. Raises ValueError."
+    "Fit the parts. Raises ValueError."
     near = covisit.fit(interactions, asof=asof, seed=seed, vocab=vocab, **(counts or {}))
     net = sequential.fit(interactions, asof=asof, seed=seed, vocab=near.vocab, **{**(network or {}), **run})
-    return usual(net, near, weight=weight, floor=floor)
+    heard = popular.fit(interactions, asof=asof, seed=seed, vocab=near.vocab, **(echoes or {})) if echo else None
+    return usual(net, near, weight=weight, floor=floor, heard=heard, echo=echo)
 
 
-def usual(net: Model, near: Model, *, weight: float, floor: float = 1e-4) -> Blend:
-    "Log-probabilities of the network plus `weight` times log(share + floor) of the counts."
-    return Blend((net, near), (1.0, weight), (1e-9, floor))
+def usual(net: Model, near: Model, *, weight: float, floor: float = 1e-4, heard: Model | None = None, echo: float = 0.0) -> Blend:
+    "Log-probabilities of the network plus `weight` times log(share + floor) of the counts, and `echo` times that of what a session has `heard`."
+    if heard is None or not echo: return Blend((net, near), (1.0, weight), (1e-9, floor))
+    return Blend((net, near, heard), (1.0, weight, echo), (1e-9, floor, floor))
 
 
 LOADERS: dict[str, Callable[[Path, Vocab], Model]] = {"popular": popular.load, "covisit": covisit.load, "sequential": sequential.load}
