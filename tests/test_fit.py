@@ -128,11 +128,35 @@ def test_weights_of_a_blend_are_those_of_the_model(folder: Path) -> None:
     held = protocols.hold_out(corpus)
     question = recipes.Question(held.known, held.asof, held.cases, held.hide_seen, times=False)
     made = recipes.fit(recipes.Recipe("covisit", recipes.ORDERED), held.known, asof=held.asof, vocab=corpus.vocab, times=False)
-    values = recipes.weigh(made["popular"], made["covisit"], question, weights=(0.0, 0.5, 2.0))
+    values = recipes.weigh([made["popular"]], made["covisit"], question, weights=(0.0, 0.5, 2.0))
     for (weight, _), value in values.items():
-        whole = blend.usual(made["popular"], made["covisit"], weight=weight)
+        whole = blend.usual([made["popular"]], made["covisit"], weight=weight)
         assert value == pytest.approx(question.judge(whole).intervals["ndcg@10"].mean, abs=2e-3)
     assert values[2.0, 0.0] > values[0.0, 0.0]
+
+
+def test_a_blend_of_two_networks_is_the_mean_of_their_opinions(folder: Path, tmp_path: Path) -> None:
+    corpus = protocols.read(folder / "histories.txt", "loo")
+    rows, how = protocols.interactions(corpus), {"asof": len(corpus) + 1, "vocab": corpus.vocab}
+    two = blend.fit(rows, **how, members=2, weight=0.5, network=SMALL, counts=recipes.ORDERED, echo=0.1, echoes=recipes.TIMELESS)
+    assert [p.name for p in two.parts] == ["sequential", "sequential", "covisit", "popular"] and two.weights == (0.5, 0.5, 0.5, 0.1)
+    asked = corpus.histories[:5]
+    logs = [blend.shares(p.scores(asked), f) for p, f in zip(two.parts, two.floors, strict=True)]
+    expected = (logs[0] + logs[1]) / 2 + 0.5 * logs[2] + np.float32(0.1) * logs[3]
+    assert np.allclose(np.log(two.scores(asked)[:, 1:]), (expected - expected[:, 1:].max(1, keepdims=True) - np.log(np.exp(expected - expected[:, 1:].max(1, keepdims=True))[:, 1:].sum(1, keepdims=True)))[:, 1:], atol=1e-4)
+    assert not np.array_equal(logs[0], logs[1])  # of different seeds
+    two.save(tmp_path / "two")
+    assert (blend.load(tmp_path / "two", corpus.vocab).scores(asked) == two.scores(asked)).all()
+
+
+def test_another_network_is_trained_only_where_its_time_is_left(folder: Path) -> None:
+    corpus = protocols.read(folder / "histories.txt", "loo")
+    held = protocols.hold_out(corpus)
+    question = recipes.Question(held.known, held.asof, held.cases, held.hide_seen, times=False)
+    def judging(minutes: float | None, took: float, each: float = 0.0) -> recipes._Judging:
+        return recipes._Judging(question, None, None, recipes.Budget(minutes), each=each, took=took)
+    assert judging(60, took=600).another(1) and judging(60, took=600).another(2) and not judging(60, took=600).another(recipes.MEMBERS)
+    assert not judging(None, took=1).another(1) and not judging(60, took=3600).another(1) and not judging(60, took=600, each=3000 / len(question.cases)).another(1)
 
 
 def test_a_time_budget_reaches_the_network_without_what_came_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

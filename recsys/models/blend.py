@@ -164,21 +164,24 @@ def fit(
     floor: float = 1e-4,  # its share of an item of which it knows nothing
     network: Mapping[str, Any] | None = None,  # options of `sequential.fit`
     counts: Mapping[str, Any] | None = None,  # options of `covisit.fit`
+    members: int = 1,  # networks, of different seeds
     echo: float = 0.0,  # weight of popularity with an echo; 0: no such part
     echoes: Mapping[str, Any] | None = None,  # options of its `popular.fit`
     **run: Any,  # epochs, minutes, progress, folder, device: of the network
 ) -> Blend:
     "Fit the parts. Raises ValueError."
     near = covisit.fit(interactions, asof=asof, seed=seed, vocab=vocab, **(counts or {}))
-    net = sequential.fit(interactions, asof=asof, seed=seed, vocab=near.vocab, **{**(network or {}), **run})
+    if run.get("minutes"): run["minutes"] /= members
+    nets = [sequential.fit(interactions, asof=asof, seed=seed + n, vocab=near.vocab, **{**(network or {}), **run}) for n in range(members)]
     heard = popular.fit(interactions, asof=asof, seed=seed, vocab=near.vocab, **(echoes or {})) if echo else None
-    return usual(net, near, weight=weight, floor=floor, heard=heard, echo=echo)
+    return usual(nets, near, weight=weight, floor=floor, heard=heard, echo=echo)
 
 
-def usual(net: Model, near: Model, *, weight: float, floor: float = 1e-4, heard: Model | None = None, echo: float = 0.0) -> Blend:
-    "Log-probabilities of the network plus `weight` times log(share + floor) of the counts, and `echo` times that of what a session has `heard`."
-    if heard is None or not echo: return Blend((net, near), (1.0, weight), (1e-9, floor))
-    return Blend((net, near, heard), (1.0, weight, echo), (1e-9, floor, floor))
+def usual(nets: Sequence[Model], near: Model, *, weight: float, floor: float = 1e-4, heard: Model | None = None, echo: float = 0.0) -> Blend:
+    "Mean log-probabilities of the networks plus `weight` times log(share + floor) of the counts, and `echo` times that of what a session has `heard`."
+    more = 1 if heard is not None and echo else 0
+    parts, weights = (*nets, near, heard)[:len(nets) + 1 + more], (*[1 / len(nets)] * len(nets), weight, echo)[:len(nets) + 1 + more]
+    return Blend(tuple(p for p in parts if p is not None), weights, (*[1e-9] * len(nets), floor, floor)[:len(parts)])
 
 
 LOADERS: dict[str, Callable[[Path, Vocab], Model]] = {"popular": popular.load, "covisit": covisit.load, "sequential": sequential.load}

@@ -171,7 +171,7 @@ ECHOES = (0.0, 0.1, 0.2, 0.4)
 
 
 def weigh(
-    net: Model,
+    nets: Sequence[Model],
     near: Model,
     question: Question,
     *,
@@ -182,10 +182,11 @@ def weigh(
 ) -> dict[tuple[float, float], float]:
     "NDCG of the blend for each pair of weights."
     cases, found = question.cases.unseen() if question.hide_seen else question.cases, dict[tuple[float, float], list[np.ndarray]]()
-    step, made = max(1, cells // len(net.vocab)), blend.usual(net, near, weight=1.0, heard=heard, echo=1.0)
+    step, made = max(1, cells // len(near.vocab)), blend.usual(nets, near, weight=1.0, heard=heard, echo=1.0)
     for start in range(0, len(cases), step):
         asked, wanted = cases.histories[start:start + step], cases.targets[start:start + step]
         logs = [blend.shares(part.scores(asked), floor) for part, floor in zip(made.parts, made.floors, strict=True)]
+        logs[:len(nets)] = [blend.combine(logs[:len(nets)], made.weights[:len(nets)])]
         for pair in product(weights, echoes if heard else (0.0,)):
             found.setdefault(pair, []).append(ranks(blend.combine(logs, (1.0, *pair)[:len(logs)]), wanted, hidden=asked if question.hide_seen else None).values)
     return {pair: float(ndcg(Ranks(np.concatenate(v), cases.targets.offsets), k=question.k).mean()) for pair, v in found.items()}
@@ -244,16 +245,24 @@ def best(
     heard = next((c for c in found if c.recipe.options.get("echo")), None)
     recipe = Recipe("sequential", {**network(question.known, sessions=question.sessions).options, **(options or {})})
     judging = _Judging(question, near.parts["covisit"] if near else None, heard.parts["popular"] if heard else None, budget)
-    if minutes is not None: run |= {"minutes": max(budget.left / 60, 0.01), "clock": clock, "spare": judging.spare}
     if progress: run["progress"] = lambda status: progress("training", status.progress, str(status))
-    began = time.perf_counter()
-    if progress: progress("fitting sequential", None)
-    parts = fit(recipe, question.known, asof=question.asof, seed=question.seed, vocab=vocab, times=question.times, **run)
-    seconds, question, parts["sequential"] = time.perf_counter() - began, question.some(judging.affordable), _Remembering.of(parts["sequential"])
-    net = _judged(recipe, parts, question, seconds)
-    found.append(net)
-    if near and len(question.cases): found.append(_blended(net, near, heard, question, progress))
+    nets = [_network(0, recipe, question, judging, vocab, run)]
+    while which != "sequential" and near and judging.another(len(nets)): nets.append(_network(len(nets), recipe, question, judging, vocab, run))
+    question = question.some(judging.affordable(len(nets)))
+    found.append(_judged(recipe, nets[0].parts, question, nets[0].tried[0]["seconds"]))
+    if near and len(question.cases): found.append(_blended(nets, near, heard, question, progress))
     return _chosen([c for c in found if which in ("best", c.recipe.model)], found)
+
+
+def _network(n: int, recipe: Recipe, question: Question, judging: "_Judging", vocab: Vocab | None, run: Mapping[str, Any]) -> Choice:
+    "Train the n-th network, by a seed of its own, in the time that is left; it is not judged yet."
+    budget, began, how = judging.budget, now(judging.budget.clock), dict(run)
+    if n and how.get("folder"): how["folder"] = Path(how["folder"]) / f"network-{n}"
+    if budget.minutes is not None: how |= {"minutes": max(budget.left / 60, 0.01), "clock": budget.clock, "spare": judging.spare}
+    parts = fit(recipe, question.known, asof=question.asof, seed=question.seed + n, vocab=vocab, times=question.times, **how)
+    judging.took = now(budget.clock) - began
+    net = _Remembering.of(parts["sequential"])
+    return Choice(recipe, {**parts, "sequential": net}, None, [{"seconds": judging.took}], net.training.epochs if net.training else None)
 
 
 def _score(choice: Choice) -> float: return choice.evaluation.intervals[choice.tried[0]["metric"]].mean if choice.evaluation else 0.0
@@ -282,6 +291,7 @@ def _affordable(question: Question, budget: Budget, *, judged: int) -> int:
     return max(FEWEST, int(JUDGING * budget.seconds / (each * (judged + 20))))
 
 
+MEMBERS = 3  # networks of a blend, at the most
 FEWEST = 300  # cases are judged however little time there is
 
 
@@ -302,17 +312,21 @@ class _Judging:
     heard: Model | None
     budget: Budget
     each: float = 0.0  # seconds a case
+    took: float = 0.0  # seconds of the latest training
 
     def spare(self, net: Model) -> float:
         "Seconds to be set aside. The network is judged alone, with each weight, and with the best one; its states are worked out once."
         if not len(self.question.cases): return 0.0
-        self.each = 1.6 * _seconds(lambda few: weigh(net, self.near or net, few, heard=self.heard), self.question, self.budget.clock)
+        self.each = 1.6 * _seconds(lambda few: weigh([net], self.near or net, few, heard=self.heard), self.question, self.budget.clock)
         return self.each * min(len(self.question.cases), max(FEWEST, JUDGING * self.budget.seconds / self.each))
 
-    @property
-    def affordable(self) -> int:
+    def another(self, nets: int) -> bool:
+        "Is there time for one more network beside these? There is where its epochs were done before the time was up."
+        return self.budget.minutes is not None and nets < MEMBERS and self.budget.left > 1.1 * self.took + (nets + 1) * self.each * len(self.question.cases)
+
+    def affordable(self, nets: int) -> int:
         "Cases for which there is time now."
-        return max(FEWEST, int(self.budget.left / self.each)) if self.each else len(self.question.cases)
+        return max(FEWEST, int(self.budget.left / self.each / nets)) if self.each else len(self.question.cases)
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,13 +360,14 @@ def _judged(recipe: Recipe, parts: dict[str, Model], question: Question, seconds
                                            "seconds": round(seconds, 2), "epochs": epochs}], epochs)
 
 
-def _blended(net: Choice, near: Choice, heard: Choice | None, question: Question, progress: Progress | None) -> Choice:
-    "The network with the counts beside it, at the weights that are best on validation."
+def _blended(nets: Sequence[Choice], near: Choice, heard: Choice | None, question: Question, progress: Progress | None) -> Choice:
+    "The networks with the counts beside them, at the weights that are best on validation."
     if progress: progress("blending", None)
-    began, both, third = time.perf_counter(), (net.parts["sequential"], near.parts["covisit"]), heard.parts["popular"] if heard else None
+    began, both, third = time.perf_counter(), ([n.parts["sequential"] for n in nets], near.parts["covisit"]), heard.parts["popular"] if heard else None
     values = weigh(*both, question, heard=third)
     weight, echo = max(values, key=lambda pair: values[pair])
     more = {"echo": echo, "echoes": dict(heard.recipe.options)} if heard and echo else {}
-    recipe = Recipe("blend", {"weight": weight, "network": dict(net.recipe.options), "counts": dict(near.recipe.options), **more})
-    choice = _judged(recipe, {"blend": blend.usual(*both, weight=weight, heard=third, echo=echo), "popular": net.parts["popular"]}, question, time.perf_counter() - began)
-    return replace(choice, epochs=net.epochs)
+    if len(nets) > 1: more["members"] = len(nets)
+    recipe = Recipe("blend", {"weight": weight, "network": dict(nets[0].recipe.options), "counts": dict(near.recipe.options), **more})
+    choice = _judged(recipe, {"blend": blend.usual(*both, weight=weight, heard=third, echo=echo), "popular": nets[0].parts["popular"]}, question, time.perf_counter() - began)
+    return replace(choice, epochs=nets[0].epochs)
