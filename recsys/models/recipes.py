@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COUNTING', 'RUN', 'BASKETS', 'TIMELESS', 'ORDERED', 'SESSIONS', 'NETWORKS', 'WEIGHTS', 'ECHOES', 'JUDGING',
-           'FEWEST', 'RecipeError', 'Recipe', 'fit', 'passes', 'whole', 'save', 'load', 'candidates', 'network',
-           'Question', 'weigh', 'Progress', 'Choice', 'Budget', 'best']
+           'MEMBERS', 'FEWEST', 'RecipeError', 'Recipe', 'fit', 'passes', 'whole', 'save', 'load', 'candidates',
+           'network', 'Question', 'weigh', 'Progress', 'Choice', 'Budget', 'best']
 
 # %% ../../nbs/500_models/570_recipes.ipynb #fe6a64fe
 import inspect
