@@ -70,7 +70,8 @@ class Gateway:
         return self.workers[-1]
 
     def client(self, **kw) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=20, verify=False, **kw)  # no TLS here: do not load certificates
+        headers = {"Authorization": f"Bearer {self.key}"} | kw.pop("headers", {})
+        return httpx.Client(base_url=self.url, headers=headers, timeout=20, verify=False, **kw)  # no TLS here: do not load certificates
 
     def post(self, path: str, body: object, **kw) -> httpx.Response:
         "One request on a connection of its own, so that any worker may get it."
@@ -106,7 +107,7 @@ def alive(gateway: Gateway, path: str = "/healthz") -> bool:
 
 
 @contextmanager
-def running(path: Path, *, workers: int = 1, ready: bool = True, **settings: str) -> Iterator[Gateway]:
+def running(path: Path, *, workers: int = 1, ready: bool = True, host: str = "127.0.0.1", **settings: str) -> Iterator[Gateway]:
     "A gateway in a new home; `settings` are RECSYS_ variables. It is stopped, and must stop cleanly unless it was killed."
     home = Home.open(path)
     if ready: champion(home)
@@ -116,8 +117,9 @@ def running(path: Path, *, workers: int = 1, ready: bool = True, **settings: str
     (home.run / "metrics").mkdir(exist_ok=True)
     environ = {k: v for k, v in os.environ.items() if not k.startswith("RECSYS_")} | {"RECSYS_GATEWAY_MAX_WAIT_MS": "60000"} | settings | {
         "PROMETHEUS_MULTIPROC_DIR": str(home.run / "metrics"), "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
-    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-        gateway = Gateway(home, f"http://127.0.0.1:{listener.getsockname()[1]}", key, listener, environ)
+    with socket.create_server((host, 0), backlog=512) as listener:
+        scheme = "https" if "RECSYS_GATEWAY_TLS_CERT" in settings else "http"
+        gateway = Gateway(home, f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", key, listener, environ)
         try:
             for _ in range(workers): gateway.start()
             wait_for(lambda: alive(gateway), seconds=60)

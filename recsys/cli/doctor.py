@@ -24,6 +24,8 @@ from ..features.store import OFFLINE, ONLINE, StoreError, address, registered
 from ..lake.tables import TABLES, Lake
 from ..models import bundle, registry
 from ..prep.backend import ClusterError, EngineError, checked, choose
+from ..serving import near
+from ..serving.tls import TlsError
 from ..settings import Home, Settings
 
 # %% ../../nbs/900_cli/900_doctor.ipynb #5ef48331
@@ -111,8 +113,9 @@ def features(home: Home, settings: Settings) -> Check:
 def gateway(home: Home, settings: Settings) -> Check:
     "Does a gateway answer, where `recsys up` said that it listens, or else at the configured address?"
     said = home.run / "address"
-    url = said.read_text() if said.exists() else f"http://{settings.gateway.host}:{settings.gateway.port}"
-    try: answer = httpx.get(f"{url}/readyz", timeout=2)
+    url = said.read_text() if said.exists() else near.address(settings)
+    try: answer = httpx.get(f"{url}/readyz", timeout=2, verify=near.verify(settings))
+    except TlsError as e: return Check("gateway", "bad", str(e))
     except httpx.HTTPError: return Check("gateway", "note", f"nobody answers at {url}: recsys up")
     return Check("gateway", "ok" if answer.status_code == 200 else "bad", f"{url}/readyz answers {answer.status_code}")
 

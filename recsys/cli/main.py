@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'flow_app', 'models_app', 'lake_app', 'keys_app', 'version', 'up', 'serve', 'worker', 'ingest', 'receipt',
            'lake_list', 'lake_quarantine', 'lake_compact', 'flow_run', 'flow_resume', 'flow_list', 'models_list',
-           'models_rollback', 'models_promote', 'models_align', 'keys_create', 'keys_list', 'keys_revoke', 'doctor',
-           'main']
+           'models_rollback', 'models_promote', 'models_align', 'keys_create', 'keys_list', 'keys_revoke', 'keys_tls',
+           'doctor', 'main']
 
 # %% ../../nbs/900_cli/990_main.ipynb #c8612abc
 import os
@@ -240,15 +240,21 @@ def models_align(home: HomeOption = None, json: JsonOption = False) -> None:
 def keys_create(
     scopes: Annotated[str, typer.Option(help="Of events:write, recs:read, items:write, admin; comma separated.")],
     name: Annotated[str, typer.Option(help="Who uses it.")] = "",
-    expires_days: Annotated[int | None, typer.Option(min=1, help="Default: never.")] = None,
+    expires_days: Annotated[float | None, typer.Option("--expires-days", "--expires", help="In so many days; default: never.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second; default: [gateway] rate_per_second.")] = None,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
     "Make a key; it works at once."
     with said(json):
+        from recsys.serving.audit import Audit
         from recsys.serving.auth import Keys
-        key = Keys(opened(home)[0].keys).create(tuple(s.strip() for s in scopes.split(",")), name=name, expires_days=expires_days)
-    tell({"key": key, "scopes": scopes.split(",")}, json=json, text=f"{key}\n  shown once: keep it where the shop keeps its secrets")
+        place, wanted = opened(home)[0], tuple(s.strip() for s in scopes.split(","))
+        keys = Keys(place.keys)
+        key = keys.create(wanted, name=name, expires_days=expires_days, rate=rate)
+        made = next(k for k in keys.list() if k.id == key.split("_")[1])
+        Audit(place.audit).note("key created", key=made.id, name=name, scopes=wanted, expires=made.expires, rate=rate)
+    tell({"key": key, "id": made.id, "scopes": wanted, "expires": made.expires, "rate": rate}, json=json, text=f"{key}\n  shown once: keep it where the shop keeps its secrets")
 
 
 @keys_app.command("list", epilog="Example: recsys keys list")
@@ -265,9 +271,27 @@ def keys_list(home: HomeOption = None, json: JsonOption = False) -> None:
 def keys_revoke(key_id: str, home: HomeOption = None, json: JsonOption = False) -> None:
     "Refuse a key from now on."
     with said(json):
+        from recsys.serving.audit import Audit
         from recsys.serving.auth import Keys
-        Keys(opened(home)[0].keys).revoke(key_id)
-    tell({"revoked": key_id}, json=json, text=f"revoked {key_id}")
+        place = opened(home)[0]
+        ended = Keys(place.keys).revoke(key_id)
+        Audit(place.audit).note("key revoked", key=ended.id, name=ended.name)
+    tell({"revoked": ended.id}, json=json, text=f"revoked {ended.id}")
+
+
+@keys_app.command("tls", epilog="Example: recsys keys tls --name shop.local")
+def keys_tls(
+    name: Annotated[list[str] | None, typer.Option("--name", help="A host name or address beside localhost; may be given several times.")] = None,
+    days: Annotated[int, typer.Option(min=1, help="How long it is valid.")] = 365,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    "Make a certificate for trying TLS; it is signed by itself, so clients must be given it."
+    with said(json):
+        from recsys.serving import tls
+        cert, key = tls.self_signed(opened(home)[0].keys, name or (), days=days)
+    tell({"tls_cert": str(cert), "tls_key": str(key)}, json=json,
+         text=f"[gateway]\ntls_cert = {cert}\ntls_key = {key}\n  these lines belong into <home>/settings.ini; clients: curl --cacert {cert} ..., Client(..., ca={str(cert)!r})")
 
 # %% ../../nbs/900_cli/990_main.ipynb #a27640ed
 @app.command(epilog="Example: recsys doctor")

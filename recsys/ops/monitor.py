@@ -28,6 +28,7 @@ from ..models import bundle
 from . import flows
 from .writer import moved
 from ..schema import (EVENT_ID, EVENTS, IMPRESSIONS, ITEM_ID, KNOWN_TS, LATENCY_US, RECOMMENDATION_ID, RULE, SLOTS, TIER, TITLE, TS, TYPE)
+from ..serving.near import Trust
 from ..settings import Home
 
 # %% ../../nbs/700_ops/730_monitor.ipynb #6642e600
@@ -126,9 +127,10 @@ def gateway(
     url: str,  # http://127.0.0.1:8000
     *,
     timeout: float = 1.0,  # s
+    trust: Trust = True,  # what certificate it must have (see `serving.near`)
 ) -> Part:
     "Ask `/readyz`: ready, up but not ready, or no answer."
-    try: answer = httpx.get(f"{url}/readyz", timeout=timeout, trust_env=False)
+    try: answer = httpx.get(f"{url}/readyz", timeout=timeout, trust_env=False, verify=trust)
     except httpx.HTTPError as e: return Part("gateway", "down", f"no answer at {url}: {e or type(e).__name__}")
     if answer.status_code == 200: return Part("gateway", "ok", "ready")
     return Part("gateway", "late", f"up, not ready: /readyz answered {answer.status_code}")
@@ -163,10 +165,10 @@ class Features:
     checked: int | None  # ms UTC; None before the first check
 
 
-def features(home: Home, ran: Iterable[flows.RunResult], *, url: str | None = None) -> Features:
+def features(home: Home, ran: Iterable[flows.RunResult], *, url: str | None = None, trust: Trust = True) -> Features:
     "Read how the features stand, from the item matrix, the newest of the runs (the newest first) that has compared, and the gateway at `url`."
     name = pointed(home.features / ITEMS, RETRIEVAL_V1.name)
-    asof, behind = Version.parse(name).asof if name else None, _behind(url) if url else None
+    asof, behind = Version.parse(name).asof if name else None, _behind(url, trust) if url else None
     for run in ran:
         for n, step in enumerate(run.steps, 1):
             if step.name != "features" or step.status != "done" or step.started is None: continue
@@ -176,8 +178,8 @@ def features(home: Home, ran: Iterable[flows.RunResult], *, url: str | None = No
     return Features(behind, asof, 0, 0, None)
 
 
-def _behind(url: str) -> int | None:
-    try: text = httpx.get(f"{url}/metrics", timeout=1.0, trust_env=False).text
+def _behind(url: str, trust: Trust) -> int | None:
+    try: text = httpx.get(f"{url}/metrics", timeout=1.0, trust_env=False, verify=trust).text
     except httpx.HTTPError: return None
     found = re.search(r"^recsys_features_lag_seconds(?:{.*})? (\S+)$", text, re.M)
     return round(1000 * float(found[1])) if found else None
@@ -222,6 +224,7 @@ def snapshot(
     now: int,  # ms UTC
     window_ms: int = 60 * MINUTE_MS,
     gateway_url: str | None = None,  # asked whether it is ready; None: not asked
+    trust: Trust = True,  # what certificate it must have (see `serving.near`)
     runs: Path | None = None,  # where flows keep their runs
     top: int = 10,
 ) -> Snapshot:
@@ -232,8 +235,8 @@ def snapshot(
     titles = lake.scan("items").sort(TS).group_by(ITEM_ID).agg(pl.col(TITLE).last()).collect()
     serving, model = _serving(home.registry)
     ran = flows.runs_of(home, runs=runs)
-    stand = features(home, ran, url=gateway_url)
-    parts = [] if gateway_url is None else [gateway(gateway_url)]
+    stand = features(home, ran, url=gateway_url, trust=trust)
+    parts = [] if gateway_url is None else [gateway(gateway_url, trust=trust)]
     parts += [writer((events, shown), now=now), features_part(stand), model]
     return Snapshot(
         now, window_ms, tuple(parts), traffic(events.rows, now=now, window_ms=window_ms), per_minute(events.rows[KNOWN_TS], now=now),

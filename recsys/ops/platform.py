@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_FREE_MB', 'Progress', 'PROGRAM', 'PlatformError', 'preflight', 'only_one', 'told', 'fill', 'fill_demo',
-           'is_demo', 'demo_world', 'choose_home', 'retrain', 'prepare', 'overridden', 'processes', 'work', 'address',
+           'is_demo', 'demo_world', 'choose_home', 'retrain', 'prepare', 'overridden', 'processes', 'work',
            'operator_key', 'wait_until_ready', 'ask', 'greeting', 'run']
 
 # %% ../../nbs/700_ops/780_platform.ipynb #94e80012
@@ -36,8 +36,11 @@ from ..models import bundle
 from . import flows, pages, scheduler, supervise, traffic
 from .writer import Writer
 from ..schema import TS
+from ..serving.audit import Audit
 from ..serving.auth import Keys
-from ..serving.gateway import serve
+from ..serving import tls
+from ..serving.gateway import check_address, serve
+from ..serving.near import Trust, address, verify
 from ..settings import Home, Settings, load
 from ..simulator import Size, World
 from ..synth import DAY
@@ -52,12 +55,14 @@ LEAST_FREE_MB = 500
 
 
 def preflight(home: Home, settings: Settings) -> None:
-    "Check disk and ports. Raises PlatformError or PortBusy."
+    "Check disk, ports, and what the gateway's address needs. Raises PlatformError, PortBusy, NotLoopback or TlsError."
     free = shutil.disk_usage(home.path).free // 2**20
     if free < LEAST_FREE_MB:
         raise PlatformError(f"{home.path} has {free} MB of disk left and {LEAST_FREE_MB} are needed: free some, or choose another folder with --home")
     if settings.gateway.port == settings.dashboard.port:
         raise PlatformError(f"port {settings.gateway.port} is asked for twice: the dashboard needs another with --dashboard-port")
+    check_address(settings.gateway.host, secure=bool(settings.gateway.tls_cert))
+    if settings.gateway.tls_cert or settings.gateway.tls_key: tls.server_context(settings.gateway.tls_cert, settings.gateway.tls_key)
     supervise.check_port(settings.gateway.host, settings.gateway.port, option="--port")
     supervise.check_port(settings.dashboard.host, settings.dashboard.port, option="--dashboard-port")
 
@@ -203,33 +208,29 @@ def work(name: str, home: Home, settings: Settings, *, fd: int | None = None) ->
                follower=lambda: importlib.import_module("recsys.features.updater").Updater.open(home, settings, Lake(home.lake))).run(stop)
     elif name == "scheduler": scheduler.run(home, settings, stop=stop)
     elif name == "traffic":
-        traffic.run(address(settings), operator_key(home), demo_world(home), sessions_per_minute=settings.traffic.sessions_per_minute, stop=stop)
+        traffic.run(address(settings), operator_key(home), demo_world(home), sessions_per_minute=settings.traffic.sessions_per_minute, stop=stop, trust=verify(settings))
     else: raise PlatformError(f"worker {name!r}: must be gateway, writer, scheduler, dashboard or traffic")
 
 # %% ../../nbs/700_ops/780_platform.ipynb #e2333e88
-def address(settings: Settings) -> str:
-    "The gateway's URL."
-    return f"http://{settings.gateway.host}:{settings.gateway.port}"
-
-
 def operator_key(home: Home) -> str:
     "The API key that `recsys up` prints: made once, kept in a file that only the owner reads, made again if it was revoked."
     keys, note = Keys(home.keys), home.keys / "operator.key"
     try:
         if note.exists() and keys.valid(note.read_text()): return note.read_text()
         key = keys.create(("events:write", "recs:read"), name="recsys up")
+        Audit(home.audit).note("key created", key=key.split("_")[1], name="recsys up", scopes=("events:write", "recs:read"))
     finally: keys.close()
     note.touch(mode=0o600)
     note.write_text(key)
     return key
 
 
-def wait_until_ready(url: str, *, log: str, seconds: float = 60, ready: Sequence[int] = (200,)) -> None:
+def wait_until_ready(url: str, *, log: str, seconds: float = 60, ready: Sequence[int] = (200,), trust: Trust = True) -> None:
     "Return once a process answers there. Raises PlatformError, which names its log, when the time is over."
     until, said = time.monotonic() + seconds, "no answer"
     while time.monotonic() < until:
         try:
-            answer = httpx.get(url, timeout=2)
+            answer = httpx.get(url, timeout=2, verify=trust)
             if answer.status_code in ready: return
             said = answer.text[:200]
         except httpx.HTTPError as e: said = str(e)
@@ -237,21 +238,21 @@ def wait_until_ready(url: str, *, log: str, seconds: float = 60, ready: Sequence
     raise PlatformError(f"{url} was not ready within {seconds:g} s ({said}): see {log} in the home's logs")
 
 # %% ../../nbs/700_ops/780_platform.ipynb #ede4ac20
-def ask(url: str, key: str, body: dict) -> list[dict]:
+def ask(url: str, key: str, body: dict, *, trust: Trust = True) -> list[dict]:
     "Items that the running gateway recommends. Raises PlatformError with the problem that it reports."
-    answer = httpx.post(f"{url}/v1/recommendations", headers={"Authorization": f"Bearer {key}"}, json=body, timeout=10)
+    answer = httpx.post(f"{url}/v1/recommendations", headers={"Authorization": f"Bearer {key}"}, json=body, timeout=10, verify=trust)
     if answer.status_code != 200: raise PlatformError(f"{url}/v1/recommendations answered {answer.status_code}: {answer.text}")
     return answer.json()["items"]
 
 
 def greeting(home: Home, settings: Settings, *, user: str | None) -> str:
     "Addresses, a key, a curl that was tried, and what it answered; without a known user, for a visitor who looked at a popular item."
-    url, key = address(settings), operator_key(home)
-    wait_until_ready(f"{url}/readyz", log="gateway.log")
+    url, key, trust = address(settings), operator_key(home), verify(settings)
+    wait_until_ready(f"{url}/readyz", log="gateway.log", trust=trust)
     wait_until_ready(f"http://{settings.dashboard.host}:{settings.dashboard.port}/voila/static/", log="dashboard.log", ready=(200, 403, 404))
-    seen = {"user_id": user} if user else {"items": [i["item_id"] for i in ask(url, key, {"k": 1})]}
+    seen = {"user_id": user} if user else {"items": [i["item_id"] for i in ask(url, key, {"k": 1}, trust=trust)]}
     body: dict = {"k": 5, **seen}
-    shown = "\n".join(f"    {i['item_id']:<36} {i['reason']}" for i in ask(url, key, body))
+    shown = "\n".join(f"    {i['item_id']:<36} {i['reason']}" for i in ask(url, key, body, trust=trust))
     return f"""
   gateway    {url}   (documentation: {url}/docs)
   dashboard  {pages.url(home, settings)}
@@ -260,7 +261,7 @@ def greeting(home: Home, settings: Settings, *, user: str | None) -> str:
 
 {shown}
 
-  curl -s {url}/v1/recommendations -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' -d '{json.dumps(body)}'
+  curl -s {f"--cacert {settings.gateway.tls_cert} " if settings.gateway.tls_cert else ""}{url}/v1/recommendations -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' -d '{json.dumps(body)}'
 
 Ctrl-C stops everything."""
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from ..schema import CART, CONTEXT, CURRENCY, EVENT_ID, ITEM_ID, PRICE, PURCHASE, QUANTITY, RECOMMENDATION_ID, SESSION_ID, TS, TYPE, USER_ID, VIEW
 from ..serving.client import Client, Refusal
+from ..serving.near import Trust
 from ..simulator import World, choose
 from ..telemetry import counter, logger
 
@@ -194,7 +195,7 @@ class Street:
 class Gateway:
     "The shop behind a gateway, by its own client; its retries are left to the pace of the street."
 
-    def __init__(self, url: str, key: str): self.client = Client(url, key, retries=0)
+    def __init__(self, url: str, key: str, *, trust: Trust = True): self.client = Client(url, key, retries=0, ca=None if trust is True else trust)
 
     def recommend(self, user_id: str) -> Answer:
         "Ten items for the home page."
@@ -226,9 +227,10 @@ def run(
     sessions_per_minute: float,  # 0: nobody comes
     stop: threading.Event,  # set it to end
     seed: int = 0,
+    trust: Trust = True,  # what certificate the gateway must have (see `serving.near`)
 ) -> Counts:
     "Send shoppers to the API until `stop` is set. Whatever the API does, it goes on; failures are logged and counted."
-    api = Gateway(url, key)
+    api = Gateway(url, key, trust=trust)
     street = Street(api, world, sessions_per_minute=sessions_per_minute, seed=seed)
     street.way.log.info("traffic starts", url=url, sessions_per_minute=sessions_per_minute)
     try:

@@ -60,9 +60,9 @@ def described(settings: Settings, operations: tuple[tuple[Operation, Callable], 
     "All operations, those that describe the others included; their answers are made once."
     more = (Operation("GET", "/openapi.json", "This description, for programs", {200: "application/json"}),
             Operation("GET", "/docs", "This description, for people", {200: "text/html"}))
-    listed, max_k = [*(o for o, _ in operations), *more], settings.gateway.max_k
-    document = Answer(200, msgspec.json.encode(openapi.document(listed, max_k=max_k)))
-    page = Answer(200, openapi.page(listed, max_k=max_k, address=address(settings)).encode(), HTML, {"Content-Security-Policy": openapi.CONTENT_SECURITY})
+    listed, max_k, context = [*(o for o, _ in operations), *more], settings.gateway.max_k, settings.events.context
+    document = Answer(200, msgspec.json.encode(openapi.document(listed, max_k=max_k, context=context)))
+    page = Answer(200, openapi.page(listed, max_k=max_k, context=context, address=address(settings)).encode(), HTML, {"Content-Security-Policy": openapi.CONTENT_SECURITY})
 
     async def give_document(worker: Worker, call: Call) -> Answer: return document
     async def give_page(worker: Worker, call: Call) -> Answer: return page

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from .problems import PROBLEMS, Problem
+from .wire import PLAIN
 
 # %% ../../nbs/600_serving/640_openapi.ipynb #e4758f58
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Operation:
 REF = "#/components/schemas/{name}"
 
 
-def document(operations: Iterable[Operation], *, max_k: int) -> dict[str, Any]:
-    "The OpenAPI 3.1 document of these operations."
+def document(operations: Iterable[Operation], *, max_k: int, context: Sequence[str] = ()) -> dict[str, Any]:
+    "The OpenAPI 3.1 document of these operations; `context` are the keys that a context may have."
     operations = list(operations)
     types = [t for o in operations for t in (o.body, o.query, *o.answers.values()) if t is not None and not isinstance(t, str)]
     _, components = msgspec.json.schema_components([*types, Problem], ref_template=REF)
-    for name in {"RecommendationRequest", "ListQuery"} & components.keys(): components[name]["properties"]["k"]["maximum"] = max_k
+    for struct in components.values():
+        if "k" in (fields := struct.get("properties", {})): fields["k"]["maximum"] = max_k
+        if "context" in fields: fields["context"] |= {"anyOf": [_context(context), {"type": "null"}]}
     paths: dict[str, Any] = {}
     for o in operations: paths.setdefault(o.path, {})[o.method.lower()] = _operation(o, components)
     return {"openapi": "3.1.0",
@@ -66,14 +69,20 @@ def document(operations: Iterable[Operation], *, max_k: int) -> dict[str, Any]:
 # %% ../../nbs/600_serving/640_openapi.ipynb #ed5e4d60
 def _content(kind: Any) -> dict[str, Any]:
     "The media type and shape of a body."
-    if isinstance(kind, str): return {kind: {"schema": {"type": "string"}}}
+    if isinstance(kind, str): return {kind: {"schema": {"type": "object" if kind == "application/json" else "string"}}}
     return {"application/json": {"schema": {"$ref": REF.format(name=kind.__name__)}}}
+
+
+def _text(most: int) -> dict[str, Any]: return {"type": "string", "minLength": 1, "maxLength": most, **PLAIN}
+
+
+def _context(keys: Sequence[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": {key: _text(256) for key in keys}, "additionalProperties": False}
 
 
 def _parameters(o: Operation, components: Mapping[str, Any]) -> list[dict[str, Any]]:
     "What stands in the address."
-    text = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": "^[^\\u0000-\\u001f\\u007f-\\u009f]+$"}
-    open_parts = [{"name": name, "in": "path", "required": True, "schema": text} for name in o.places]
+    open_parts = [{"name": name, "in": "path", "required": True, "schema": _text(256)} for name in o.places]
     fields = components[o.query.__name__]["properties"] if o.query else {}
     return open_parts + [{"name": name, "in": "query", "schema": schema, **({"description": said} if (said := _describe(schema)) else {})} for name, schema in fields.items()]
 
@@ -106,10 +115,10 @@ td,th{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-bott
 CONTENT_SECURITY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
-def page(operations: Iterable[Operation], *, max_k: int, address: str = "localhost:8000") -> str:
+def page(operations: Iterable[Operation], *, max_k: int, context: Sequence[str] = (), address: str = "localhost:8000") -> str:
     "The API as an HTML page that needs nothing else."
     operations = list(operations)
-    described = document(operations, max_k=max_k)
+    described = document(operations, max_k=max_k, context=context)
     schemas = described["components"]["schemas"]
     parts = [_row_of_links(operations, schemas), *(_section(o, address) for o in operations), *(_struct(n, s) for n, s in schemas.items()), _problems()]
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>recsys API</title>'

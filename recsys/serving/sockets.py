@@ -94,6 +94,7 @@ class Patient(Connection):
 
     def look(self, now: float) -> None:
         "End it where its client has taken too long: over a head, over a rest that nobody reads, or over reading."
+        if self.inside and not self.answering and self.heard is None: self.heard = now
         if not (self.transport.is_closing() or self.flow.write_paused): self.stuck = None
         elif self.stuck is None: self.stuck = now
         if self.stuck is not None and now - self.stuck > READ_SECONDS: self.transport.abort()
