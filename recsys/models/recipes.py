@@ -209,6 +209,9 @@ class Choice:
     epochs: float | None = None  # that its network took
 
 
+MEMBERS = 3
+
+
 @dataclass(frozen=True)
 class Budget:
     "Minutes by a clock, from when it was made."
@@ -233,6 +236,7 @@ def best(
     clock: Clock = "wall",  # of the minutes
     vocab: Vocab | None = None,
     options: Mapping[str, Any] | None = None,  # of the network, over those of `network`
+    members: int = MEMBERS,  # networks of a blend, at the most: more than one where there is time, and each costs at every answer
     progress: Progress | None = None,
     **run: Any,  # folder, device: of the network, see `sequential.fit`
 ) -> Choice:
@@ -247,7 +251,7 @@ def best(
     judging = _Judging(question, near.parts["covisit"] if near else None, heard.parts["popular"] if heard else None, budget)
     if progress: run["progress"] = lambda status: progress("training", status.progress, str(status))
     nets = [_network(0, recipe, question, judging, vocab, run)]
-    while which != "sequential" and near and judging.another(len(nets)): nets.append(_network(len(nets), recipe, question, judging, vocab, run))
+    while which != "sequential" and near and len(nets) < members and judging.another(len(nets)): nets.append(_network(len(nets), recipe, question, judging, vocab, run))
     question = question.some(judging.affordable(len(nets)))
     found.append(_judged(recipe, nets[0].parts, question, nets[0].tried[0]["seconds"]))
     if near and len(question.cases): found.append(_blended(nets, near, heard, question, progress))
@@ -291,7 +295,6 @@ def _affordable(question: Question, budget: Budget, *, judged: int) -> int:
     return max(FEWEST, int(JUDGING * budget.seconds / (each * (judged + 20))))
 
 
-MEMBERS = 3  # networks of a blend, at the most
 FEWEST = 300  # cases are judged however little time there is
 
 
@@ -322,7 +325,7 @@ class _Judging:
 
     def another(self, nets: int) -> bool:
         "Is there time for one more network beside these? There is where its epochs were done before the time was up."
-        return self.budget.minutes is not None and nets < MEMBERS and self.budget.left > 1.1 * self.took + (nets + 1) * self.each * len(self.question.cases)
+        return self.budget.minutes is not None and self.budget.left > 1.1 * self.took + (nets + 1) * self.each * len(self.question.cases)
 
     def affordable(self, nets: int) -> int:
         "Cases for which there is time now."
