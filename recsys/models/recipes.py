@@ -23,7 +23,7 @@ from . import blend, covisit, popular, sequential
 from .contract import Filled, Model
 from ..prep.sequences import Sequences
 from ..prep.vocab import Vocab
-from ..schema import USER_ID
+from ..schema import ITEM_ID, USER_ID
 from ..training.evaluate import Evaluation, evaluate
 from ..training.metrics import Ranks, ndcg, ranks
 from ..training.pace import Clock, now
@@ -136,9 +136,10 @@ def network(
     *,
     sessions: bool = False,
 ) -> Recipe:
-    "The recipe of a network for data like these."
+    "The recipe of a network for data like these. A softmax over very many items costs more than the network: they are sampled, then."
     long = interactions.height / max(interactions[USER_ID].n_unique(), 1) >= 30  # rows a user: ML-1M has 165, Beauty 9
-    return Recipe("sequential", NETWORKS["sessions" if sessions else "long" if long else "short"])
+    many = {"negatives": 4096} if interactions[ITEM_ID].n_unique() > 100_000 else {}
+    return Recipe("sequential", {**NETWORKS["sessions" if sessions else "long" if long else "short"], **many})
 
 # %% ../../nbs/500_models/570_recipes.ipynb #9233ca0d
 @dataclass(frozen=True, eq=False)
