@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOPWATCH', 'PACKAGES', 'BenchError', 'Run', 'measured', 'in_turns', 'seconds', 'summary', 'exponent', 'machine',
-           'folder_of', 'environment']
+           'folder_of', 'environment', 'data_folder']
 
 # %% ../../nbs/800_bench/800_harness.ipynb #8aa3780e
 import json
@@ -156,3 +156,8 @@ def folder_of(root: Path) -> Path:
 def environment(root: Path, threads: int) -> dict[str, str]:
     "As many threads for every library of every contender, and this checkout's `recsys`."
     return {name: str(threads) for name in ("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")} | {"PYTHONPATH": str(root)}
+
+
+def data_folder(root: Path) -> Path:
+    "Where the published data are: RECSYS_DATA, or beside the checkout."
+    return Path(os.environ.get("RECSYS_DATA", root.parent / "shared" / "data"))

@@ -64,11 +64,12 @@ def bench_quality(
     "Our models on published data by the published protocols: the table of the runs on record, with intervals, CPU minutes and seeds."
     with said(json):
         from recsys.bench import quality as bench
+        from recsys.bench.baskets import basket_lines
         store, names = _results(results), list(bench.TASKS) if run == ["all"] else run or []
         with bar(json) as step:
             if names: bench.quality(names, root=root(), work=opened(home)[0].work / "bench", results=store, seeds=[int(s) for s in seeds.split(",")],
                                     minutes=minutes, model=model, threads=threads, progress=step)
-        rows, baskets = bench.lines(bench.kept(store)), bench.basket_lines(store)
+        rows, baskets = bench.lines(bench.kept(store)), basket_lines(store)
     tell({"table": rows, "baskets": baskets}, json=json, text=table(rows, none="") + ("\n" + table(baskets, none="") if baskets else ""))
 
 # %% ../../nbs/900_cli/950_bench.ipynb #131706a4
@@ -87,7 +88,7 @@ def bench_training(
     "Tokens a CPU second at the same loss beside the plain recipe in the same run; and the time to its quality."
     with said(json):
         from recsys.bench import training as bench
-        from recsys.bench.quality import data_folder
+        from recsys.bench.harness import data_folder
         place, top = opened(home)[0].work / "bench", root()
         file = data or data_folder(top) / "ml-1m" / "ml-1m.txt"
         with bar(json) as step:
