@@ -1,4 +1,4 @@
-"""The event log's promises, kept while processes are killed, disks fill up and everybody writes at once."""
+"""The event log's promises, on SQLite and on Redis, kept while processes are killed, disks fill up and everybody writes at once."""
 from __future__ import annotations
 
 import asyncio
@@ -11,16 +11,19 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis_process import RedisProcess
 
 from recsys.lake import database
-from recsys.lake.eventlog import Busy, EventLogError, GroupCommit, RecordError, SQLiteEventLog
+from recsys.lake.eventlog import Busy, EventLog, EventLogError, GroupCommit, RecordError, RedisEventLog, SQLiteEventLog
 
 T0 = 1_767_225_600_000
 
@@ -33,14 +36,46 @@ def event(n: int | str, user: str = "ann", item: str | None = "mug", ts: int | N
 def shown(n: int, **more) -> dict: return {"recommendation_id": f"r{n}", "ts": T0 + n, **more}
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisProcess]:
+    with RedisProcess() as server: yield server
+
+
+@dataclass
+class Place:
+    "Where a log is kept; empty at first."
+
+    at: str  # a folder, or a URL
+
+    def open(self, **more) -> EventLog: return (RedisEventLog if "://" in self.at else SQLiteEventLog)(self.at, **more)
+
+
+LOGS = ["sqlite", pytest.param("redis", marks=pytest.mark.redis)]
+
+
+@pytest.fixture(params=LOGS)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "sqlite": return Place(str(tmp_path / "log"))
+    server = request.getfixturevalue("server")
+    server.ask("FLUSHALL")
+    return Place(server.url)
+
+
 @pytest.fixture
-def log(tmp_path: Path):
+def log(place: Place) -> Iterator[EventLog]:
+    log = place.open()
+    yield log
+    log.close()
+
+
+@pytest.fixture
+def sqlite_log(tmp_path: Path) -> Iterator[SQLiteEventLog]:
     log = SQLiteEventLog(tmp_path / "log")
     yield log
     log.close()
 
 
-def everything(log: SQLiteEventLog, stream="events", limit: int = 1000) -> list[tuple[int, dict]]:
+def everything(log: EventLog, stream="events", limit: int = 1000) -> list[tuple[int, dict]]:
     "The stream as a reader with a note of its last sequence sees it."
     out: list[tuple[int, dict]] = []
     while rows := log.read(stream, after=out[-1][0] if out else 0, limit=limit): out += rows
@@ -49,7 +84,7 @@ def everything(log: SQLiteEventLog, stream="events", limit: int = 1000) -> list[
 
 # -- what comes back is what went in
 
-def test_duplicates_are_counted_within_a_batch_and_across_batches(log: SQLiteEventLog):
+def test_duplicates_are_counted_within_a_batch_and_across_batches(log: EventLog):
     first = log.append([event(1), event(2), event(1), event(1)])
     assert (first.accepted, first.duplicates) == (2, 2)
     second = log.append([event(2), event(3), event(3, price=9.0)])
@@ -58,7 +93,7 @@ def test_duplicates_are_counted_within_a_batch_and_across_batches(log: SQLiteEve
     assert log.depth("events", after=0) == 3 and log.last("events") >= 3
 
 
-def test_the_first_of_two_records_with_one_id_stays(log: SQLiteEventLog):
+def test_the_first_of_two_records_with_one_id_stays(log: EventLog):
     log.append([event(1, item="mug")])
     log.append([event(1, item="pot", user="bob")])
     assert log.history("ann").item_ids == ["mug"] and log.history("bob").item_ids == [] and everything(log)[0][1]["item_id"] == "mug"
@@ -68,7 +103,7 @@ HOSTILE = ["'; DROP TABLE events; --", "\" OR 1=1", "чашка ☕ 👩‍👩�
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_any_text_is_only_a_text(log: SQLiteEventLog, text: str):
+def test_any_text_is_only_a_text(log: EventLog, text: str):
     log.append([{**event(1), "event_id": text, "user_id": text, "item_id": text, "context": text}, event(2)])
     log.record([shown(1, user_id=text, recommendation_id=text)])
     assert log.history(text).item_ids == [text] and log.history("ann").item_ids == ["mug"]
@@ -82,7 +117,7 @@ def test_any_text_is_only_a_text(log: SQLiteEventLog, text: str):
 @pytest.mark.parametrize("change,names", [
     ({"ts": "soon"}, r"\$\.ts"), ({"event_id": None}, "event_id"), ({"colour": "red"}, "colour"), ({"price": "4 EUR"}, "price"),
     ({"ts": 2**63}, r"\$\.ts"), ({"quantity": 1.5}, "quantity"), ({"ts_is_order": 1}, "ts_is_order"), ({"user_id": "\ud800"}, "surrogate")])
-def test_a_record_that_the_lake_would_refuse_is_refused(log: SQLiteEventLog, change: dict, names: str):
+def test_a_record_that_the_lake_would_refuse_is_refused(log: EventLog, change: dict, names: str):
     with pytest.raises(RecordError, match=names): log.append([event(1), {**event(2), **change}])
     assert log.depth("events", after=0) == 0  # nothing of the batch
     missing = event(3)
@@ -91,7 +126,7 @@ def test_a_record_that_the_lake_would_refuse_is_refused(log: SQLiteEventLog, cha
     with pytest.raises(RecordError, match="slots"): log.record([shown(1, slots=[{"item_id": "mug", "colour": "red"}])])
 
 
-def test_impressions_come_back_whole(log: SQLiteEventLog):
+def test_impressions_come_back_whole(log: EventLog):
     slots = [{"item_id": "mug", "score": 0.5, "rank": 1, "source": "popular", "propensity": 1.0}]
     log.record([shown(1, slots=slots, features='{"a": 1}'), shown(2)])
     log.record([shown(1, slots=[])])  # a second time changes nothing
@@ -100,10 +135,10 @@ def test_impressions_come_back_whole(log: SQLiteEventLog):
     assert log.trim("impressions", upto=1, before_ts=T0 * 2) == 1 and log.impression("r1") is None and log.impression("r2")
 
 
-def test_a_stream_has_a_name_and_a_log_an_identity(log: SQLiteEventLog, tmp_path: Path):
+def test_a_stream_has_a_name_and_a_log_an_identity(log: EventLog, place: Place, tmp_path: Path):
     with pytest.raises(ValueError, match="must be one of events, impressions, items"): log.read("clicks", after=0, limit=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="must be 1 or more"): SQLiteEventLog(tmp_path / "x", history=0)
-    again, other = SQLiteEventLog(tmp_path / "log"), SQLiteEventLog(tmp_path / "other")
+    with pytest.raises(ValueError, match="must be 1 or more"): place.open(history=0)
+    again, other = place.open(), SQLiteEventLog(tmp_path / "other")
     assert again.identity("events") == log.identity("events") not in (log.identity("impressions"), other.identity("events"))
 
 
@@ -112,7 +147,7 @@ def test_a_stream_has_a_name_and_a_log_an_identity(log: SQLiteEventLog, tmp_path
 def item(name: str, ts: int, **more) -> dict: return {"item_id": name, "price": 8.0, "in_stock": True, "ts": T0 + ts, **more}
 
 
-def test_the_last_change_that_was_put_is_the_latest_version_whatever_clocks_do(log: SQLiteEventLog):
+def test_the_last_change_that_was_put_is_the_latest_version_whatever_clocks_do(log: EventLog):
     assert log.put([item("mug", 10), item("pot", 10), item("mug", 10, price=7.0), item("mug", 3, price=6.0)]).accepted == 4
     assert log.put([item("mug", 12, price=5.0), item("mug", 100, price=4.0)]).last_seq == 6
     mugs = [(seq, row["price"], row["ts"] - T0) for seq, row in everything(log, "items") if row["item_id"] == "mug"]
@@ -120,7 +155,7 @@ def test_the_last_change_that_was_put_is_the_latest_version_whatever_clocks_do(l
     assert everything(log, "items", limit=1)[1] == (2, item("pot", 10)) and log.depth("items", after=2) == 4 and log.last("items") == 6
 
 
-def test_a_change_that_changes_nothing_is_not_stored_again(log: SQLiteEventLog):
+def test_a_change_that_changes_nothing_is_not_stored_again(log: EventLog):
     feed = [item(f"i{n}", 0, title="чашка ☕", attributes='{"a": 1}') for n in range(50)]
     assert log.put(feed).accepted == 50
     again = log.put([{**i, "ts": T0 + 5000} for i in feed[:49]] + [{**feed[49], "ts": T0 + 5000, "in_stock": False}])
@@ -129,12 +164,12 @@ def test_a_change_that_changes_nothing_is_not_stored_again(log: SQLiteEventLog):
 
 
 @pytest.mark.parametrize("change,names", [({"item_id": None}, "item_id"), ({"price": "8"}, "price"), ({"colour": "red"}, "colour"), ({"item_id": "\ud800"}, "surrogate")])
-def test_an_item_that_the_lake_would_refuse_is_refused(log: SQLiteEventLog, change: dict, names: str):
+def test_an_item_that_the_lake_would_refuse_is_refused(log: EventLog, change: dict, names: str):
     with pytest.raises(RecordError, match=names): log.put([item("mug", 0), {**item("pot", 0), **change}])
     assert log.depth("items", after=0) == 0
 
 
-def test_the_latest_version_of_every_item_stays_and_reading_from_anywhere_gives_the_state(log: SQLiteEventLog):
+def test_the_latest_version_of_every_item_stays_and_reading_from_anywhere_gives_the_state(log: EventLog):
     rng, now = random.Random(0), {}
     for n in range(300):
         one = item(f"i{rng.randrange(40)}", n, price=float(n))
@@ -151,8 +186,8 @@ def test_the_latest_version_of_every_item_stays_and_reading_from_anywhere_gives_
 
 # -- history
 
-def test_history_is_by_event_time_then_arrival_and_has_a_length(tmp_path: Path):
-    log = SQLiteEventLog(tmp_path, history=3)
+def test_history_is_by_event_time_then_arrival_and_has_a_length(place: Place):
+    log = place.open(history=3)
     log.append([event(1, item="c", ts=T0 + 30), event(2, item="a", ts=T0 + 10), event(3, item="b", ts=T0 + 10), event(4, item=None), event(5, "bob")])
     history = log.history("ann")
     assert (history.item_ids, history.ts, history.user_seq) == (["a", "b", "c"], [T0 + 10, T0 + 10, T0 + 30], 3)
@@ -166,10 +201,13 @@ steps = st.lists(st.one_of(st.tuples(st.just("append"), st.lists(moments, max_si
                            st.tuples(st.just("pack"), st.integers(1, 4))), max_size=14)
 
 
+@pytest.mark.parametrize("kind", LOGS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps, st.integers(1, 6))
-def test_history_is_the_latest_distinct_moments_whatever_was_seeded_packed_or_trimmed(tmp_path_factory: pytest.TempPathFactory, steps: list, most: int):
-    log, n = SQLiteEventLog(tmp_path_factory.mktemp("log"), history=most), 0
+def test_history_is_the_latest_distinct_moments_whatever_was_seeded_packed_or_trimmed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
+                                                                                      kind: str, steps: list, most: int):
+    if kind == "redis": request.getfixturevalue("server").ask("FLUSHALL")
+    log, n = Place(request.getfixturevalue("server").url if kind == "redis" else str(tmp_path_factory.mktemp("log"))).open(history=most), 0
     known: dict[str, set] = defaultdict(set)
     for what, value in steps:
         if what == "trim":
@@ -194,7 +232,7 @@ def test_history_is_the_latest_distinct_moments_whatever_was_seeded_packed_or_tr
     log.close()
 
 
-def test_trim_lets_go_of_what_is_old_and_moved_and_keeps_histories(log: SQLiteEventLog):
+def test_trim_lets_go_of_what_is_old_and_moved_and_keeps_histories(log: EventLog):
     users = [f"u{n}" for n in range(40)]
     log.append([event(n, users[n % 40], f"i{n % 7}") for n in range(5000)])
     before = {user: log.history(user) for user in users}
@@ -210,8 +248,8 @@ def test_trim_lets_go_of_what_is_old_and_moved_and_keeps_histories(log: SQLiteEv
 
 KILLED = """
 import sys
-from recsys.lake.eventlog import SQLiteEventLog
-log, n = SQLiteEventLog(sys.argv[1]), 0
+from recsys.lake.eventlog import RedisEventLog, SQLiteEventLog
+log, n = (RedisEventLog if "://" in sys.argv[1] else SQLiteEventLog)(sys.argv[1]), 0
 while True:
     batch = [{"event_id": f"{sys.argv[2]}-{n + i}", "user_id": f"u{i}", "item_id": "mug", "type": "view", "ts": n + i, "known_ts": n + i} for i in range(20)]
     log.append(batch)
@@ -221,11 +259,11 @@ while True:
 """
 
 
-def test_kill_9_loses_no_acknowledged_event_and_doubles_none(tmp_path: Path):
+def test_kill_9_loses_no_acknowledged_event_and_doubles_none(place: Place):
     acknowledged: set[str] = set()
     impressions: set[str] = set()
     for life in range(3):
-        with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), str(life)], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen([sys.executable, "-c", KILLED, place.at, str(life)], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout
             process.stdout.readline()
             time.sleep(0.1 + 0.07 * life)  # somewhere in the stream
@@ -233,7 +271,7 @@ def test_kill_9_loses_no_acknowledged_event_and_doubles_none(tmp_path: Path):
             said = [0, *(int(line) for line in process.stdout if line.endswith("\n"))]
         acknowledged |= {f"{life}-{n + i}" for n in said for i in range(20)}
         impressions |= {f"{life}-{n}" for n in said}
-    log = SQLiteEventLog(tmp_path)
+    log = place.open()
     ids = [row["event_id"] for _, row in everything(log)]
     assert len(ids) == len(set(ids)) and acknowledged <= set(ids) and len(acknowledged) > 60
     assert len(set(ids) - acknowledged) <= 3 * 40  # stored, but the word did not get out: a retry is a duplicate
@@ -243,8 +281,8 @@ def test_kill_9_loses_no_acknowledged_event_and_doubles_none(tmp_path: Path):
 
 TOGETHER = """
 import random, sys
-from recsys.lake.eventlog import SQLiteEventLog
-log, rng, mine = SQLiteEventLog(sys.argv[1]), random.Random(int(sys.argv[2])), 0
+from recsys.lake.eventlog import RedisEventLog, SQLiteEventLog
+log, rng, mine = (RedisEventLog if "://" in sys.argv[1] else SQLiteEventLog)(sys.argv[1]), random.Random(int(sys.argv[2])), 0
 sys.stdin.read(1)
 for _ in range(60):
     ids = [rng.randrange(2000) for _ in range(25)]
@@ -253,10 +291,10 @@ print(mine)
 """
 
 
-def test_processes_append_at_once_a_reader_skips_nothing_and_each_event_counts_once(tmp_path: Path):
+def test_processes_append_at_once_a_reader_skips_nothing_and_each_event_counts_once(place: Place):
     "Duplicates across processes: each id is accepted by exactly one. The reader follows while they commit."
-    log = SQLiteEventLog(tmp_path)
-    processes = [subprocess.Popen([sys.executable, "-c", TOGETHER, str(tmp_path), str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log = place.open()
+    processes = [subprocess.Popen([sys.executable, "-c", TOGETHER, place.at, str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                  for n in range(4)]
     for process in processes:
         assert process.stdin
@@ -284,7 +322,8 @@ def fill(log: SQLiteEventLog) -> list[str]:
     return good
 
 
-def test_a_full_disk_says_so_acknowledges_nothing_and_recovers(log: SQLiteEventLog):
+def test_a_full_disk_says_so_acknowledges_nothing_and_recovers(sqlite_log: SQLiteEventLog):
+    log = sqlite_log
     log._events.connection.execute("PRAGMA max_page_count=200")
     good = fill(log)
     with pytest.raises(EventLogError, match="make room on the disk"): log.append([event(f"more-{i}", context="x" * 500) for i in range(50)])
@@ -326,7 +365,8 @@ except EventLogError as e: print(n, str(e))
     assert "nothing of this was stored" in told and len(everything(SQLiteEventLog(tmp_path))) == int(told.split()[0]) > 0
 
 
-def test_a_locked_log_is_an_error_in_time(log: SQLiteEventLog, monkeypatch: pytest.MonkeyPatch):
+def test_a_locked_log_is_an_error_in_time(sqlite_log: SQLiteEventLog, monkeypatch: pytest.MonkeyPatch):
+    log = sqlite_log
     monkeypatch.setattr(database, "BUSY_MS", 100)
     holder = sqlite3.connect(log._events.path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
@@ -338,10 +378,11 @@ def test_a_locked_log_is_an_error_in_time(log: SQLiteEventLog, monkeypatch: pyte
     holder.close()
 
 
-def test_a_forked_child_and_threads_have_connections_of_their_own(log: SQLiteEventLog):
+def test_a_forked_child_and_threads_have_connections_of_their_own(log: EventLog):
     log.append([event(0)])
     if (child := os.fork()) == 0:
-        os._exit(0 if log.append([event(1)]).accepted == 1 else 1)
+        try: os._exit(0 if log.append([event(1)]).accepted == 1 else 1)
+        finally: os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
     threads = [threading.Thread(target=lambda n=n: log.append([event(100 * n + i) for i in range(1, 20)])) for n in range(1, 6)]
     for thread in threads: thread.start()
@@ -349,14 +390,15 @@ def test_a_forked_child_and_threads_have_connections_of_their_own(log: SQLiteEve
     assert log.depth("events", after=0) == 2 + 5 * 19
 
 
-def test_a_commit_is_on_disk_and_an_impression_with_the_system(log: SQLiteEventLog):
+def test_a_commit_is_on_disk_and_an_impression_with_the_system(sqlite_log: SQLiteEventLog):
+    log = sqlite_log
     assert log._events.one("PRAGMA synchronous")[0] == 2 and log._impressions.one("PRAGMA synchronous")[0] == 1
     assert log._events.one("PRAGMA journal_mode")[0] == "wal"
 
 
 # -- group commit
 
-def test_group_commit_answers_each_sender_for_itself(log: SQLiteEventLog):
+def test_group_commit_answers_each_sender_for_itself(log: EventLog):
     async def go():
         group = GroupCommit(log)
         answers = await asyncio.gather(*(group.append([event(n), event(n // 2)]) for n in range(100)), group.record([shown(1)]), group.record([shown(2)]),
@@ -368,7 +410,7 @@ def test_group_commit_answers_each_sender_for_itself(log: SQLiteEventLog):
     assert log.depth("impressions", after=0) == 2 and [row["price"] for _, row in everything(log, "items")] == [float(n) for n in range(50)]
 
 
-def test_a_bad_record_spoils_nobody_elses_commit(log: SQLiteEventLog):
+def test_a_bad_record_spoils_nobody_elses_commit(log: EventLog):
     async def go():
         group = GroupCommit(log)
         answers = await asyncio.gather(*(group.append([event(n) if n % 10 else {**event(n), "ts": "x"}]) for n in range(30)), return_exceptions=True)
@@ -377,7 +419,8 @@ def test_a_bad_record_spoils_nobody_elses_commit(log: SQLiteEventLog):
     assert [isinstance(a, RecordError) for a in asyncio.run(go())] == [n % 10 == 0 for n in range(30)] and log.depth("events", after=0) == 27
 
 
-def test_an_error_of_the_commit_reaches_every_waiter_and_the_lane_goes_on(log: SQLiteEventLog):
+def test_an_error_of_the_commit_reaches_every_waiter_and_the_lane_goes_on(sqlite_log: SQLiteEventLog):
+    log = sqlite_log
     async def go():
         group = GroupCommit(log)
         log._events.write, kept = broken, log._events.write  # type: ignore[method-assign]
@@ -391,7 +434,8 @@ def test_an_error_of_the_commit_reaches_every_waiter_and_the_lane_goes_on(log: S
     assert all(isinstance(f, EventLogError) for f in failed) and good.accepted == 1 and log.depth("events", after=0) == 1
 
 
-def test_group_commit_says_busy_and_commits_what_waits_when_it_closes(log: SQLiteEventLog):
+def test_group_commit_says_busy_and_commits_what_waits_when_it_closes(sqlite_log: SQLiteEventLog):
+    log = sqlite_log
     holder = sqlite3.connect(log._events.path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
 
@@ -411,7 +455,7 @@ def test_group_commit_says_busy_and_commits_what_waits_when_it_closes(log: SQLit
     holder.close()
 
 
-def test_a_batch_larger_than_the_queue_is_taken_when_nobody_waits(log: SQLiteEventLog):
+def test_a_batch_larger_than_the_queue_is_taken_when_nobody_waits(log: EventLog):
     async def go():
         group = GroupCommit(log, most=10)
         answer = await group.append([event(n) for n in range(50)])
@@ -441,8 +485,8 @@ def test_a_history_of_200_events_is_read_quickly(tmp_path: Path):
     assert packed < 0.0003 and packed < live
 
 
-def test_a_reserved_place_is_nobody_elses(tmp_path: Path):
-    logs = [SQLiteEventLog(tmp_path), SQLiteEventLog(tmp_path)]
+def test_a_reserved_place_is_nobody_elses(place: Place):
+    logs = [place.open(), place.open()]
     places = [log.reserve() for _ in range(3) for log in logs]
     assert places == list(range(1, 7)) and logs[0].last("events") == 6 and logs[0].read("events", after=0, limit=9) == []
     events = [{"event_id": f"e{n}", "user_id": "u", "item_id": "i", "type": "view", "ts": 1, "known_ts": 1} for n in range(2)]
@@ -450,8 +494,7 @@ def test_a_reserved_place_is_nobody_elses(tmp_path: Path):
     assert [seq for seq, _ in logs[0].read("events", after=0, limit=9)] == [7, 8]
 
 
-def test_numbers_of_another_log_are_not_given_again(tmp_path: Path):
-    log = SQLiteEventLog(tmp_path)
+def test_numbers_of_another_log_are_not_given_again(log: EventLog):
     event = {"user_id": "u", "item_id": "i", "type": "view", "ts": 1, "known_ts": 1}
     log.start_above(40)
     assert log.append([{"event_id": "a", **event}]).last_seq == 41

@@ -1,11 +1,6 @@
 """Bad input of features: what each answer is, and which counter says so, in both online stores, the item matrix and what a gateway asks."""
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,39 +9,30 @@ import numpy as np
 import polars as pl
 import pytest
 from feature_home import home_of
+from redis_process import RedisProcess
 
+from recsys.breaker import Breaker
 from recsys.features.definitions import ITEM_WINDOWS, RETRIEVAL_V1, TABLES, USER_WINDOWS, Service
 from recsys.features.items import Layout, pack
 from recsys.features.live import LiveFeatures
 from recsys.features.matrix import Items
-from recsys.features.online import Breaker, Reader, _Counts, write_rows
+from recsys.features.online import Reader, _Counts, write_rows
 from recsys.features.store import ONLINE, REGISTRY, open_store
 from recsys.schema import ITEM_ID, TS, USER_ID
 from recsys.settings import Home, Settings
 from recsys.synth import DAY, HOUR, T0
 
-REDIS = shutil.which("redis-server") or shutil.which("valkey-server")
 TTL = USER_WINDOWS.ttl_ms or 0
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    process = subprocess.Popen([str(REDIS), "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(tmp_path)], stdout=subprocess.DEVNULL)
-    for _ in range(500):
-        with socket.socket() as s:
-            if s.connect_ex(("127.0.0.1", port)) == 0: break
-        time.sleep(0.02)
-    yield process, f"redis://127.0.0.1:{port}/0"
-    process.kill()
-    process.wait()
+def server() -> Iterator[RedisProcess]:
+    with RedisProcess(options=()) as server: yield server
 
 
 @pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Home, Settings]:
-    return home_of(tmp_path, "sqlite" if request.param == "sqlite" else request.getfixturevalue("server")[1])
+    return home_of(tmp_path, "sqlite" if request.param == "sqlite" else request.getfixturevalue("server").url)
 
 
 def user_row(user: str, ts: int, **values: object) -> pl.DataFrame:
@@ -127,19 +113,19 @@ def test_items_unknown_stale_early_and_without_a_number(tmp_path: Path):
 
 
 @pytest.mark.redis
-def test_a_redis_that_hangs_costs_a_second_and_then_nothing_until_it_is_back(server: tuple[subprocess.Popen, str], tmp_path: Path):
-    home, settings = home_of(tmp_path, server[1])
+def test_a_redis_that_hangs_costs_a_second_and_then_nothing_until_it_is_back(server: RedisProcess, tmp_path: Path):
+    home, settings = home_of(tmp_path, server.url)
     store = open_store(home, settings)
     write_rows(store, USER_WINDOWS, user_row("ann", T0, user_views_1d=4))
     reader = Reader(store, ALL, breaker=Breaker(failures=1, pause_s=0.5))
     assert reader.user("ann", now=T0) is not None
-    os.kill(server[0].pid, signal.SIGSTOP)  # it takes connections and says nothing
+    server.hang()  # it takes connections and says nothing
     try:
         began, seen = time.monotonic(), Counted()
         assert reader.user("ann", now=T0) is None and time.monotonic() - began < 5
         assert seen.rose() == {":failed": 1}
         assert reader.user("ann", now=T0) is None and seen.rose()[":paused"] == 1
-    finally: os.kill(server[0].pid, signal.SIGCONT)
+    finally: server.go_on()
     time.sleep(0.6)
     found = reader.user("ann", now=T0)
     assert found is not None and found.values["user_views_1d"] == 4

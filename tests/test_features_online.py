@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -12,83 +10,46 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from feast.feature_view import FeatureViewState
 from feast.protos.feast.core.FeatureView_pb2 import FeatureView as FeatureViewProto
 from feature_home import home_of
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from redis_process import RedisProcess, free_port, tls
 
+from recsys.breaker import Breaker
 from recsys.features.definitions import RANKER_V1, TABLES, USER_CATEGORY, USER_WINDOWS, VIEWS
 from recsys.features.offline import build
-from recsys.features.online import Breaker, Reader, _Counts, materialize, write_rows
-from recsys.features.online_stores import UnsafeAddress, client_of
-from recsys.features.store import PASSWORD, REGISTRY, StoreError, open_store
+from recsys.features.online import Reader, _Counts, materialize, write_rows
+from recsys.features.online_stores import client_of
+from recsys.features.store import REGISTRY, StoreError, open_store
 from recsys.features.updater import Updater
+from recsys.lake.redis_server import PASSWORD, UnsafeAddress
 from recsys.lake.tables import Lake
 from recsys.schema import CATEGORY, EVENT_ID, EVENTS, ITEM_ID, ITEMS, KNOWN_TS, PRICE, QUANTITY, SEQ, TS, TS_IS_ORDER, TYPE, USER_ID
 from recsys.settings import Home, Settings
 from recsys.synth import DAY, HOUR, T0, shop
 
 NOW = T0 + 40 * DAY
-REDIS = shutil.which("redis-server") or shutil.which("valkey-server")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@dataclass
-class Server:
-    "A Redis that can be stopped and started."
-
-    folder: Path
-    port: int
-    options: tuple[str, ...] = ()
-    process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        ports = self.options if "--tls-port" in self.options else ("--port", str(self.port), *self.options)
-        self.process = subprocess.Popen([REDIS, "--bind", "127.0.0.1", "--save", "", "--dir", str(self.folder), *ports], stdout=subprocess.DEVNULL)
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
-            with socket.socket() as s:
-                if s.connect_ex(("127.0.0.1", self.port)) == 0: return
-            time.sleep(0.02)
-        raise AssertionError("no redis")
-
-    def stop(self) -> None:
-        if self.process:
-            self.process.kill()
-            self.process.wait()
 
 
 @pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path, free_port())
-    server.start()
-    yield server
-    server.stop()
+def redis_server() -> Iterator[RedisProcess]:
+    with RedisProcess(options=()) as server: yield server  # in memory only: online features are made again from the lake
 
 
 @pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Home, Settings]:
     "A home with an online store of each kind."
     if request.param == "sqlite": return home_of(tmp_path)
-    return home_of(tmp_path, f"redis://127.0.0.1:{request.getfixturevalue('redis_server').port}/0")
+    return home_of(tmp_path, request.getfixturevalue("redis_server").url)
 
 
 def user_row(user: str, ts: int, **values: object) -> pl.DataFrame:
@@ -204,8 +165,8 @@ def test_a_restart_an_erased_user_and_a_file_are_followed(tmp_path: Path):
 
 
 @pytest.mark.redis
-def test_rows_wait_while_redis_is_down_and_readers_answer_without(redis_server: Server, tmp_path: Path):
-    home, settings = home_of(tmp_path, f"redis://127.0.0.1:{redis_server.port}/0")
+def test_rows_wait_while_redis_is_down_and_readers_answer_without(redis_server: RedisProcess, tmp_path: Path):
+    home, settings = home_of(tmp_path, redis_server.url)
     lake = Lake(home.lake)
     lake.append("items", catalogue())
     lake.append("events", shop().events.with_columns(pl.lit(1, dtype=pl.Int64).alias(SEQ)).select(list(EVENTS)))
@@ -282,6 +243,7 @@ from dataclasses import replace
 from recsys.features.definitions import TABLES
 from recsys.features.online import materialize
 from recsys.features.store import open_store
+from recsys.lake.redis_server import PASSWORD, UnsafeAddress
 from recsys.lake.tables import Lake
 from recsys.settings import Home, load
 home = Home.open(sys.argv[1])
@@ -356,29 +318,10 @@ def test_writing_is_fast_enough(place):
 
 # --- Redis, with a name and behind TLS
 
-def certificates(folder: Path) -> None:
-    "An authority of our own, and a certificate of 127.0.0.1."
-    import ipaddress
-    key = ec.generate_private_key(ec.SECP256R1())
-    name, day = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")]), datetime.now(UTC)
-    made = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
-            .not_valid_before(day - timedelta(days=1)).not_valid_after(day + timedelta(days=1)).add_extension(x509.BasicConstraints(True, None), True)
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False).sign(key, hashes.SHA256()))
-    (folder / "ca.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
-
-
 @pytest.mark.redis
 def test_redis_with_tls_and_a_user_of_few_rights(tmp_path: Path):
-    certificates(tmp_path)
-    (tmp_path / "users.acl").write_text("user default off\nuser recsys on >s3:cret/@ ~* -@all +@read +@write +@scripting +@connection +scan\n")
     port = free_port()
-    server = Server(tmp_path, port, ("--port", "0", "--tls-port", str(port), "--tls-cert-file", str(tmp_path / "ca.pem"), "--tls-key-file", str(tmp_path / "key.pem"),
-                                     "--tls-ca-cert-file", str(tmp_path / "ca.pem"), "--tls-auth-clients", "no", "--aclfile", str(tmp_path / "users.acl")))
-    probe = subprocess.run([REDIS, "--version"], capture_output=True, text=True, check=True)
-    assert probe.stdout
-    server.start()
-    try:
+    with RedisProcess(tls(tmp_path, port, "recsys on >s3:cret/@ ~* -@all +@read +@write +@scripting +@connection +scan"), port=port):
         home, settings = home_of(tmp_path, f"rediss://recsys@127.0.0.1:{port}/0?ca={tmp_path / 'ca.pem'}")
         key = home.keys / PASSWORD
         key.touch(mode=0o600)
@@ -388,7 +331,6 @@ def test_redis_with_tls_and_a_user_of_few_rights(tmp_path: Path):
         assert Reader(store, RANKER_V1).user("ann", now=T0).values["user_views_1d"] == 3
         key.write_text("wrong")
         assert Reader(open_store(home, settings), RANKER_V1).user("ann", now=T0) is None  # and a line in the log
-    finally: server.stop()
 
 
 def test_an_address_that_others_can_listen_to_is_refused():

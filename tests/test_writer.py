@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 import pytest
+from redis_process import RedisProcess
 
-from recsys.lake.eventlog import EventLogError, SQLiteEventLog
+from recsys.lake.eventlog import EventLog, EventLogError, RedisEventLog, SQLiteEventLog
 from recsys.lake.tables import Lake, LakeError
 from recsys.ops.writer import Moved, Writer, mark_name, move, moved
 from recsys.schema import QUARANTINE
@@ -28,6 +30,17 @@ def log(tmp_path: Path):
     log = SQLiteEventLog(tmp_path / "log")
     yield log
     log.close()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    "Where a log is that may be either."
+    if request.param == "sqlite": yield str(tmp_path / "log")
+    else:
+        with RedisProcess() as server: yield server.url
+
+
+def opened(place: str) -> EventLog: return (RedisEventLog if "://" in place else SQLiteEventLog)(place)
 
 
 @pytest.fixture
@@ -57,10 +70,10 @@ def metric(name: str, stream: str) -> float:
 VICTIM = """
 import os, signal, sys
 from recsys.lake import tables
-from recsys.lake.eventlog import SQLiteEventLog
+from recsys.lake.eventlog import RedisEventLog, SQLiteEventLog
 from recsys.ops.writer import Writer
-home, moment, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
-log, lake = SQLiteEventLog(home + "/log"), tables.Lake(home + "/lake")
+home, place, moment, times = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+log, lake = (RedisEventLog if "://" in place else SQLiteEventLog)(place), tables.Lake(home + "/lake")
 def die_at(n, real, after):
     calls = []
     def call(*values, **more):
@@ -82,15 +95,17 @@ for n in range(14):
 """
 
 
-@pytest.mark.parametrize("moment,times", [("before the commit", 1), ("before the commit", 4), ("after the commit", 1), ("after the commit", 4), ("before the trim", 1),
-                                          ("in the trim", 1), ("in the trim", 2), ("in the compaction", 1)])
-def test_killed_at_any_moment_nothing_is_lost_or_doubled(log: SQLiteEventLog, lake: Lake, tmp_path: Path, moment: str, times: int):
+@pytest.mark.parametrize("place,moment,times", [
+    ("sqlite", "before the commit", 4), ("sqlite", "after the commit", 4), ("sqlite", "before the trim", 1), ("sqlite", "in the trim", 2), ("sqlite", "in the compaction", 1),
+    pytest.param("redis", "after the commit", 4, marks=pytest.mark.redis)], indirect=["place"])
+def test_killed_at_any_moment_nothing_is_lost_or_doubled(place: str, lake: Lake, tmp_path: Path, moment: str, times: int):
+    log = opened(place)
     log.append(events(0, 330)); log.record(shown(0, 330)); log.put(changed(0, 330))
     histories = {f"u{n}": log.history(f"u{n}") for n in range(7)}
-    victim = subprocess.run([sys.executable, "-c", VICTIM, str(tmp_path), moment, str(times)], timeout=120)
+    victim = subprocess.run([sys.executable, "-c", VICTIM, str(tmp_path), place, moment, str(times)], timeout=120)
     assert victim.returncode == -signal.SIGKILL
     log.append(events(330, 40))
-    subprocess.run([sys.executable, "-c", VICTIM, str(tmp_path), "never", "0"], timeout=120, check=True)
+    subprocess.run([sys.executable, "-c", VICTIM, str(tmp_path), place, "never", "0"], timeout=120, check=True)
     assert ids(lake) == sorted(f"e{n}" for n in range(370))
     assert ids(lake, "impressions") == sorted(f"r{n}" for n in range(330))
     assert lake.scan("items").collect()["price"].sort().to_list() == [float(n) for n in range(330)]
@@ -136,7 +151,8 @@ def test_two_writers_at_once_move_each_record_once(log: SQLiteEventLog, lake: La
     assert ids(lake) == sorted(f"e{n}" for n in range(2000)) and len(ids(lake, "impressions")) == 500
 
 
-def test_what_went_in_is_what_comes_out(log: SQLiteEventLog, lake: Lake):
+def test_what_went_in_is_what_comes_out(place: str, lake: Lake):
+    log = opened(place)
     slots = [{"item_id": "чашка ☕", "score": 0.5, "rank": 1, "source": "popular", "propensity": 0.25}]
     log.append([*EVENTS, *events(0, 1, user_id="'; DROP TABLE events; --", context='{"page": "☕"}', price=0.1, ts_is_order=False)])
     log.record([{"recommendation_id": "r", "ts": T0, "slots": slots, "user_id": None, "features": "{}"}, {"recommendation_id": "s", "ts": T0}])

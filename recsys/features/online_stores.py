@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['Row', 'TRANSACTION_ROWS', 'BUSY_MS', 'ms', 'LatestSqliteOnlineStoreConfig', 'LatestSqliteOnlineStore',
-           'UnsafeAddress', 'checked_address', 'LatestRedisOnlineStoreConfig', 'LatestRedisOnlineStore', 'client_of']
+           'LatestRedisOnlineStoreConfig', 'LatestRedisOnlineStore', 'client_of']
 
 # %% ../../nbs/300_features/360_online_stores.ipynb #5ef13487
-import ipaddress
 import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import redis
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -22,6 +20,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from .store import feast
+from ..lake.redis_server import checked_address
 
 # %% ../../nbs/300_features/360_online_stores.ipynb #c5142f14
 feast()  # before its names are imported: without torch, and with the environment as it was
@@ -125,23 +124,6 @@ def _cells(rows: Sequence[Row], version: int) -> Iterator[tuple[bytes, str, byte
             yield key, name, body, at // 1000, at
 
 # %% ../../nbs/300_features/360_online_stores.ipynb #9ca294f9
-class UnsafeAddress(ValueError):
-    "An address that is not this machine's, without TLS or without credentials."
-
-
-def checked_address(
-    url: str,  # redis://host:port/db, or rediss://name:password@host:port/db?ca=FILE
-) -> str:
-    "The URL. Raises UnsafeAddress where values of shoppers would travel in the clear, or ValueError for another kind of address."
-    parts = urlsplit(url)
-    if parts.scheme not in ("redis", "rediss", "unix"): raise ValueError(f"[features] online = {parts.scheme}://...: must be redis:// or rediss://")
-    try: near = parts.scheme == "unix" or parts.hostname in (None, "localhost") or ipaddress.ip_address(parts.hostname).is_loopback
-    except ValueError: near = False
-    if not near and not (parts.scheme == "rediss" and parts.password):
-        raise UnsafeAddress(f"[features] online = {parts.scheme}://{parts.hostname}: is not this machine: use rediss:// with a name and a password")
-    return url
-
-
 class LatestRedisOnlineStoreConfig(RedisOnlineStoreConfig):
     type: Literal["recsys.features.online_stores.LatestRedisOnlineStore"] = "recsys.features.online_stores.LatestRedisOnlineStore"  # type: ignore[assignment]
     timeout_s: float = 1.0  # of a command and of connecting
@@ -177,7 +159,7 @@ class LatestRedisOnlineStore(RedisOnlineStore):
 
 def client_of(url: str, *, timeout_s: float = 1.0) -> redis.Redis:
     "A connection that gives up once. Raises UnsafeAddress."
-    return redis.Redis.from_url(checked_address(url).replace("?ca=", "?ssl_ca_certs="), socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0))
+    return redis.Redis.from_url(checked_address(url, setting="[features] online").replace("?ca=", "?ssl_ca_certs="), socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0))
 
 
 def _proto(when: datetime) -> bytes:

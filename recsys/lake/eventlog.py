@@ -8,6 +8,8 @@ __all__ = ['open_log']
 # %% ../../nbs/100_lake/138_eventlog.ipynb #8e5f652c
 from .records import Busy as Busy, EventLog as EventLog, EventLogError as EventLogError, GroupCommit as GroupCommit, RecordError as RecordError
 from .records import Appended as Appended, History as History, Stream as Stream
+from .redis_log import RedisEventLog as RedisEventLog
+from .redis_server import checked_address, with_password
 from .sqlite_log import SQLiteEventLog as SQLiteEventLog
 from ..settings import Home, Settings, load
 
@@ -16,6 +18,7 @@ def open_log(
     home: Home,
     settings: Settings | None = None,  # default: the home's own
 ) -> EventLog:
-    "The event log that `[eventlog] url` names."
-    settings = settings or load(home=home.path)
-    return SQLiteEventLog(home.eventlog, history=settings.eventlog.history)
+    "The event log that `[eventlog] url` names. Raises UnsafeAddress for a Redis that others can listen to; whether it answers shows when it is used."
+    kept = (settings or load(home=home.path)).eventlog
+    if kept.url == "sqlite": return SQLiteEventLog(home.eventlog, history=kept.history)
+    return RedisEventLog(checked_address(with_password(kept.url, home.keys), setting="[eventlog] url"), history=kept.history)

@@ -10,6 +10,7 @@ __all__ = ['Stream', 'Row', 'EventRecord', 'ImpressionRecord', 'ItemRecord', 'Mo
 # %% ../../nbs/100_lake/100_records.ipynb #cb01974f
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -146,31 +147,35 @@ class _Lane:
     "Batches wait here while the last commit runs, then go together."
 
     def __init__(self, commit: Callable[[list[list[Row]]], Sequence[Any]], *, most: int, name: str):
-        self._commit, self._most, self._held, self._open = commit, most, 0, True
+        self._commit, self._most, self._held, self._open, self._began = commit, most, 0, True, 0.0
         self._waiting: list[tuple[list[Row], asyncio.AbstractEventLoop, asyncio.Future]] = []
         self._ready = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    async def put(self, rows: list[Row]) -> Any:
-        "Wait until the rows are committed. Raises Busy when too many wait already."
+    async def put(self, rows: list[Row], *, patience_s: float | None = None) -> Any:
+        "Wait until the rows are committed. Raises Busy when too many wait already, EventLogError when `patience_s` is over: they may be committed later."
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         with self._ready:
             if not self._open: raise EventLogError("the log is closed; nothing of this was stored")
             if self._held and self._held + len(rows) > self._most: raise Busy(f"{self._held} records wait for the disk, most {self._most}; try again soon")
+            if patience_s and self._began and time.monotonic() - self._began > patience_s: raise EventLogError(f"a commit has lasted longer than {patience_s:g} s")
             self._waiting.append((rows, loop, future))
             self._held += len(rows)
             self._ready.notify()
-        return await future
+        try:
+            async with asyncio.timeout(patience_s): return await future
+        except TimeoutError: raise EventLogError(f"the records were not committed within {patience_s:g} s") from None
 
     def _run(self) -> None:
         while group := self._next():
             results: Sequence[Any] = []
             error: Exception | None = None
+            self._began = time.monotonic()
             try: results = self._commit([rows for rows, _, _ in group])
             except Exception as e: error = e  # noqa: BLE001  not ours to judge: it reaches every waiter
-            with self._ready: self._held -= sum(len(rows) for rows, _, _ in group)
+            with self._ready: self._held, self._began = self._held - sum(len(rows) for rows, _, _ in group), 0.0
             for loop in {id(loop): loop for _, loop, _ in group}.values():
                 mine = [(future, None if error else results[n]) for n, (_, at, future) in enumerate(group) if at is loop]
                 try: loop.call_soon_threadsafe(_settle, mine, error)
@@ -201,7 +206,9 @@ def _settle(waiters: list[tuple[asyncio.Future, Any]], error: Exception | None) 
 class GroupCommit:
     "What many requests store, committed together: a thread for each stream. One for each process."
 
-    def __init__(self, log: EventLog, *, most: int = 20_000):
+    def __init__(self, log: EventLog, *, most: int = 20_000, patience_s: float = 1.0):
+        "`most` records wait in each lane; an impression waits at most `patience_s`, since a shopper waits with it."
+        self._patience_s = patience_s
         self._lanes = {stream: _Lane(partial(log.commit, stream), most=most, name=f"commit-{stream}") for stream in get_args(Stream)}
 
     async def append(self, events: Sequence[Mapping[str, Any]]) -> Appended:
@@ -209,8 +216,8 @@ class GroupCommit:
         return await self._lanes["events"].put(event_rows(events))
 
     async def record(self, impressions: Sequence[Mapping[str, Any]]) -> Appended:
-        "As `EventLog.record`, without blocking the loop; raises as `append`."
-        return await self._lanes["impressions"].put(impression_rows(impressions))
+        "As `EventLog.record`, without blocking the loop; raises as `append`, and EventLogError when patience is over."
+        return await self._lanes["impressions"].put(impression_rows(impressions), patience_s=self._patience_s)
 
     async def put(self, items: Sequence[Mapping[str, Any]]) -> Appended:
         "As `EventLog.put`, without blocking the loop; raises as `append`."

@@ -24,7 +24,8 @@ from ..telemetry import counter, gauge, logger
 # %% ../../nbs/700_ops/720_writer.ipynb #15f5d136
 STREAMS: tuple[Stream, ...] = get_args(Stream)
 RESTORED = """the lake has {stream} up to {after} and the log ends at {last}: it is an older copy, and what comes in now would be taken for moved. Stop the
-platform, give the log a new identity (sqlite3 events.sqlite "UPDATE about SET identity = hex(randomblob(8))"), and start again"""
+platform, give the log a new identity (sqlite3 {stream}.sqlite "UPDATE about SET identity = hex(randomblob(8))", or on Redis, in the log's database,
+redis-cli HSET '{{recsys}}:{stream}:about' identity ANOTHER), and start again"""
 
 
 def mark_name(log: EventLog, stream: Stream) -> str:
@@ -152,9 +153,10 @@ class Writer:
         if (last := self._log.last(stream)) == self._last[stream]: count = 0  # nothing new: the lake is not even asked
         else:
             try:
+                if self._after[stream] < 0: self._after[stream] = moved(self._log, self._lake, stream)
                 tell = self._following.tell if self._following and stream == "events" else None
                 count, after = move(self._log, self._lake, stream, batch_rows=self._batch_rows, tell=tell)
-                if stream == "events" and count: self._log.pack(after=max(0, self._after[stream]), upto=after)
+                if stream == "events" and count: self._log.pack(after=self._after[stream], upto=after)
                 self._after[stream], self._last[stream] = after, after if count else last
             finally: self._gauges.measure(self._log, stream, after=self._after[stream], now=self._clock())
         if count:
