@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import polars as pl
@@ -28,7 +29,6 @@ from ..models import bundle
 from . import flows
 from .writer import moved
 from ..schema import (EVENT_ID, EVENTS, IMPRESSIONS, ITEM_ID, KNOWN_TS, LATENCY_US, RECOMMENDATION_ID, RULE, SLOTS, TIER, TITLE, TS, TYPE)
-from ..serving.near import Trust
 from ..settings import Home
 
 # %% ../../nbs/700_ops/730_monitor.ipynb #6642e600
@@ -127,7 +127,7 @@ def gateway(
     url: str,  # http://127.0.0.1:8000
     *,
     timeout: float = 1.0,  # s
-    trust: Trust = True,  # what certificate it must have (see `serving.near`)
+    trust: Any = True,  # what httpx is to trust there, for a gateway with TLS
 ) -> Part:
     "Ask `/readyz`: ready, up but not ready, or no answer."
     try: answer = httpx.get(f"{url}/readyz", timeout=timeout, trust_env=False, verify=trust)
@@ -165,7 +165,7 @@ class Features:
     checked: int | None  # ms UTC; None before the first check
 
 
-def features(home: Home, ran: Iterable[flows.RunResult], *, url: str | None = None, trust: Trust = True) -> Features:
+def features(home: Home, ran: Iterable[flows.RunResult], *, url: str | None = None, trust: Any = True) -> Features:
     "Read how the features stand, from the item matrix, the newest of the runs (the newest first) that has compared, and the gateway at `url`."
     name = pointed(home.features / ITEMS, RETRIEVAL_V1.name)
     asof, behind = Version.parse(name).asof if name else None, _behind(url, trust) if url else None
@@ -178,7 +178,7 @@ def features(home: Home, ran: Iterable[flows.RunResult], *, url: str | None = No
     return Features(behind, asof, 0, 0, None)
 
 
-def _behind(url: str, trust: Trust) -> int | None:
+def _behind(url: str, trust: Any) -> int | None:
     try: text = httpx.get(f"{url}/metrics", timeout=1.0, trust_env=False, verify=trust).text
     except httpx.HTTPError: return None
     found = re.search(r"^recsys_features_lag_seconds(?:{.*})? (\S+)$", text, re.M)
@@ -224,7 +224,7 @@ def snapshot(
     now: int,  # ms UTC
     window_ms: int = 60 * MINUTE_MS,
     gateway_url: str | None = None,  # asked whether it is ready; None: not asked
-    trust: Trust = True,  # what certificate it must have (see `serving.near`)
+    trust: Any = True,  # what httpx is to trust there, for a gateway with TLS
     runs: Path | None = None,  # where flows keep their runs
     top: int = 10,
 ) -> Snapshot:
