@@ -24,7 +24,8 @@ from recsys.prep.sequences import from_frame
 from recsys.training import protocols
 from recsys.training.cluster import gemm_rate
 from recsys.training.evaluate import evaluate
-from recsys.training.network import Net, NextItem, Shape
+from recsys.training.network import Net, Shape
+from recsys.training.next_item import NextItem
 from recsys.training.pace import Options
 from recsys.training.splits import before_last, leave_one_out
 from recsys.training.trainer import train

@@ -137,9 +137,9 @@ def network(*, folder: str) -> dict:
     "The real one; each process notes down what it made by itself, and whether what it learned from is mapped from disk."
     from recsys.models import sequential
     from recsys.prep import pairs
-    from recsys.training import network
+    from recsys.training import next_item
     with patch.object(sequential, "log_of", wraps=sequential.log_of) as log, patch.object(pairs, "first_table", wraps=pairs.first_table) as table, \
-            patch.object(network, "NextItem", wraps=network.NextItem) as task:
+            patch.object(next_item, "NextItem", wraps=next_item.NextItem) as task:
         model = sequential.fit(walks(150, 12), asof=1000, epochs=3, dim=16, tokens=300, dropout=0.0, patience=3, device="cpu", dtype="fp32", folder=folder)
     mapped = task.call_args.args[1].values
     (Path(folder) / f"made-{os.environ.get('RANK', 0)}").write_text(f"{log.call_count} {table.call_count} {isinstance(mapped, np.memmap)}")

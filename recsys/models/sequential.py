@@ -262,7 +262,8 @@ def fit(
     import torch  # only here: answering needs none of it
     from recsys.prep.pairs import first_table
     from recsys.training.cluster import shared
-    from recsys.training.network import Net, NextItem, Shape
+    from recsys.training.network import Net, Shape
+    from recsys.training.next_item import NextItem
     from recsys.training.trainer import train
     shape = Shape(len(vocab), dim, blocks, heads, ffn, conv, length, cosine=cosine, words=0 if items is None else WORDS, sides=tuple(SIDES[s] for s in sides))
     with torch.random.fork_rng([]):
