@@ -23,6 +23,7 @@ from ..models.contract import Model
 from ..schema import CART, EVENT_TYPES, PURCHASE, RATING, VIEW
 from .arrange import PINNED, How, arrange, explore
 from .catalogue import Catalogue
+from .changes import Mark
 from .content import Content
 from .policy import HIDES, SPEAKS, codes, eligible
 from .rules import Rule, Rules
@@ -150,6 +151,7 @@ class Engine:
     content: Content | None = None
     rules: Rules = Rules()
     lists: Lists = field(default_factory=Lists)
+    mark: Mark = Mark()  # up to where its catalogue had the event log's changes
 
     @classmethod
     def load(cls, path: str | Path, *, how: How = How()) -> "Engine":
@@ -160,8 +162,8 @@ class Engine:
             raise BundleError(f"{path}: its last model is {models[-1].name}, but the floor must be popular; train again")
         about, data = found.manifest.about, found.manifest.about.get("data") or {}
         counts = getattr(models[-1], "counts", np.ones(len(found.vocab)))
-        engine = cls(found.id, data.get("asof") or about["created"], str(data.get("items_version") or found.id), models,
-                     Catalogue.of(found.items, found.vocab), how, content=Content.of(found.items, counts == 0))
+        engine = cls(found.id, data.get("asof") or about["created"], str(data.get("items_version") or found.id), models, Catalogue.of(found.items, found.vocab), how,
+                     ranker=getattr(found, "ranker", None), content=Content.of(found.items, counts == 0), mark=Mark.of(about))
         tried = engine.recommend(RecommendationRequest(items=found.vocab.ids.head(3).to_list()), None, now=about["created"])
         if tried.tier != engine.best: raise BundleError(f"{path}: it fails on a first question; see the log, and train again")
         return engine
