@@ -121,8 +121,9 @@ def changed(catalogue: Catalogue, rows: Iterable[Mapping[str, Any]]) -> Catalogu
         return out
     def words(name: str, known: tuple[str, ...], now: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
         said = [row.get(name) or "" for row in last.values()]
-        known = (*known, *dict.fromkeys(word for word in said if word not in set(known)))
         code = {word: n for n, word in enumerate(known)}
+        for word in said: code.setdefault(word, len(code))
+        known = tuple(code)
         return known, column(now, [code[word] for word in said])
     def or_else(name: str, unknown: Any) -> list[Any]: return [unknown if row.get(name) is None else row[name] for row in last.values()]
     (paths, category), (brands, brand) = words(CATEGORY, catalogue.paths, catalogue.category), words(BRAND, catalogue.brands, catalogue.brand)

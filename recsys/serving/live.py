@@ -11,12 +11,13 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..lake.eventlog import EventLog, EventLogError
 from ..models.bundle import BundleError, current
+from ..schema import ITEM_ID
 from .arrange import How
 from .catalogue import changed
 from .changes import Changes
@@ -85,11 +86,12 @@ class Live:
         self.refused = None
         return ruled or not same
 
-    def _over(self, engine: Engine, rows: Iterable[Mapping[str, Any]]) -> Engine:
+    def _over(self, engine: Engine, rows: Sequence[Mapping[str, Any]]) -> Engine:
         "The engine with these items as they are now."
-        if (catalogue := changed(engine.catalogue, rows)) is engine.catalogue: return engine
-        content = engine.content.grown(catalogue) if engine.content is not None and catalogue.later else engine.content
-        return replace(engine, catalogue=catalogue, content=content)
+        if not rows: return engine
+        catalogue = changed(engine.catalogue, rows)
+        said = engine.content is not None and any(row[ITEM_ID] in catalogue.later for row in rows)  # words of the bundle's own items stay
+        return replace(engine, catalogue=catalogue, content=engine.content.grown(catalogue) if engine.content is not None and said else engine.content)
 
     def catch_up(self) -> int:
         "Put over the catalogue what changed since the last time; how many changes. Does not raise. A gateway need not wait for `follow` with what it has just taken in."
@@ -147,7 +149,10 @@ class Live:
         due = 0.0
         while True:
             await asyncio.sleep(every)
-            if self.changed(): await asyncio.to_thread(self.refresh)
-            if time.monotonic() >= due:
+            try:
+                if self.changed(): await asyncio.to_thread(self.refresh)
+                if time.monotonic() < due: continue
                 await asyncio.to_thread(self.catch_up)
-                due = time.monotonic() + ITEMS_SECONDS
+            except Exception as e:  # noqa: BLE001  whatever it was, what serves goes on, and so does looking
+                logger("recsys.engine").error("following failed", kind=type(e).__name__, error=str(e))
+            due = time.monotonic() + ITEMS_SECONDS

@@ -46,7 +46,7 @@ async def put_items(worker: Worker, call: Call) -> Answer:
     good, bad = judge_items(read_items(call.body, max_items=worker.settings.gateway.max_events), now=worker.clock())
     try: done = await worker.commits.put(good) if good else Appended(0, 0, 0)
     except EventLogError as e: raise unstored(worker, e, "put") from None
-    if done.accepted: await asyncio.to_thread(worker.live.apply, good)
+    if done.accepted: await asyncio.to_thread(worker.live.catch_up)
     for outcome, n in (("accepted", done.accepted), ("unchanged", done.duplicates), ("rejected", len(bad))):
         if n: worker.counts.items.labels(outcome).inc(n)
     return Answer(202, msgspec.json.encode(ItemsAnswer(done.accepted, done.duplicates, bad)))
