@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TextIO
 
-# %% ../../nbs/400_training/400_pace.ipynb #12bbbbe8
+# %% ../../nbs/400_training/400_pace.ipynb #984d82ba
 Clock = Literal["wall", "cpu"]
 
 
@@ -21,7 +21,7 @@ def now(clock: Clock) -> float:
     "Seconds since some moment. cpu: what this process has used, so that minutes mean the same on a machine that is shared with others."
     return time.monotonic() if clock == "wall" else time.process_time()
 
-
+# %% ../../nbs/400_training/400_pace.ipynb #12bbbbe8
 def rate(
     progress: float,  # share of the training that is done, 0..1
     *,
