@@ -80,14 +80,15 @@ def create_app(home: Home, settings: Settings, *, clock: Callable[[], int] | Non
     @asynccontextmanager
     async def life(app: Any) -> AsyncIterator[None]:
         worker.live.refresh()
-        following = [asyncio.create_task(worker.live.follow()), asyncio.create_task(worker.features.follow())]
+        following = [asyncio.create_task(work) for work in (worker.live.follow(), worker.features.follow(), front.traffic.watch(worker.pressure))]
         logger("recsys.gateway").info("serving", pid=os.getpid(), bundle=worker.live.engine.bundle if worker.live.engine else None)
         try: yield
         finally:
             for task in following: task.cancel()
             worker.close()
     endpoints = [Endpoint(o, bind(work), door=worker.door, most=settings.gateway.max_body_bytes) for o, work in described(settings)]
-    return _cross_origin(Front(Routes(endpoints), pressure=worker.pressure, life=life), settings.gateway.origins)
+    front = Front(Routes(endpoints), pressure=worker.pressure, life=life)
+    return _cross_origin(front, settings.gateway.origins)
 
 
 def _cross_origin(app: App, origins: tuple[str, ...]) -> App:

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import msgspec
+from prometheus_client import Counter, Histogram
 from starlette.routing import Router
 
 from .auth import KeyInfo
@@ -25,7 +26,7 @@ from .door import Door
 from .limits import Pressure
 from .openapi import Operation
 from .problems import Refused
-from ..telemetry import bound, counter, gauge, histogram, logger
+from ..telemetry import bound, counter, gauge, histogram, line, logger
 
 # %% ../../nbs/600_serving/660_http.ipynb #aac84c75
 Scope = MutableMapping[str, Any]
@@ -67,23 +68,27 @@ class ClientGone(Exception):
     "The other side hung up before its request was complete."
 
 
-async def read_body(receive: Receive, headers: Mapping[bytes, bytes], *, most: int, seconds: float = BODY_SECONDS) -> bytes:
-    "The whole body. Raises Refused (`too-large`, `encoding`, `too-slow`) or ClientGone."
+async def read_body(receive: Receive, headers: Mapping[bytes, bytes], *, most: int, seconds: float = BODY_SECONDS, whole: bool = False) -> bytes:
+    "The whole body; `whole`: it has come already, so no timer is needed. Raises Refused (`too-large`, `encoding`, `too-slow`) or ClientGone."
     if headers.get(b"content-encoding", b"identity") != b"identity":
         raise Refused("encoding", field="Content-Encoding", rule="must be absent or identity", remedy="send the body uncompressed")
     if int(headers.get(b"content-length", b"0")) > most: raise _too_large(most)
-    parts, size = [], 0
+    if whole: return await _all(receive, most)
     try:
-        async with asyncio.timeout(seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect": raise ClientGone
-                parts.append(message.get("body", b""))
-                if (size := size + len(parts[-1])) > most: raise _too_large(most)
-                if not message.get("more_body"): return parts[0] if len(parts) == 1 else b"".join(parts)
+        async with asyncio.timeout(seconds): return await _all(receive, most)
     except TimeoutError:
         raise Refused("too-slow", rule=f"the body must arrive within {seconds:g} s", remedy="send it again, at once",
                       headers={"Connection": "close"}) from None
+
+
+async def _all(receive: Receive, most: int) -> bytes:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect": raise ClientGone
+        parts.append(message.get("body", b""))
+        if (size := size + len(parts[-1])) > most: raise _too_large(most)
+        if not message.get("more_body"): return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _too_large(most: int) -> Refused:
@@ -103,6 +108,7 @@ class Call:
     route: str = "other"
     key: KeyInfo | None = None
     body: bytes = b""
+    whole: bool = False  # the body has come already
 
 
 Work = Callable[[Call], Awaitable[Answer]]
@@ -119,7 +125,7 @@ class Endpoint:
         if scope:
             call.key = self.door.admit(call.headers.get(b"authorization"), scope, route=call.route, request_id=call.request_id)
             told = self.door.charge(call.key)
-        if self.operation.body is not None: call.body = await read_body(receive, call.headers, most=self.most)
+        if self.operation.body is not None: call.body = await read_body(receive, call.headers, most=self.most, whole=call.whole)
         answer = await self.work(call)
         return replace(answer, headers={**answer.headers, **told}) if told else answer
 
@@ -151,12 +157,25 @@ class Routes:
 
 # %% ../../nbs/600_serving/660_http.ipynb #a9f67bb6
 class Traffic:
-    "Counts of requests by route template. Label values come from a fixed list, whatever clients send."
+    "Counts of requests by route template. Label values come from fixed lists, whatever clients send."
 
     def __init__(self) -> None:
+        self._known: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.requests = counter("recsys_http_requests_total", "Requests answered.", ("method", "route", "status"))
         self.seconds = histogram("recsys_http_request_seconds", "From the request's headers to the last byte of the answer.", ("route",))
-        self.under_way = gauge("recsys_http_requests_under_way", "Requests being worked on.")
+        self.under_way = gauge("recsys_http_requests_under_way", "Requests being worked on, looked at twice a second.")
+
+    def count(self, method: str, route: str, status: int, seconds: float) -> None:
+        known = self._known.get((method, route, status))
+        if known is None: known = self._known[method, route, status] = self.requests.labels(method, route, str(status)), self.seconds.labels(route)
+        known[0].inc()
+        known[1].observe(seconds)
+
+    async def watch(self, pressure: Pressure, *, every: float = 0.5) -> None:
+        "Tell for ever how many requests are under way."
+        while True:
+            self.under_way.set(pressure.under_way)
+            await asyncio.sleep(every)
 
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
@@ -180,16 +199,15 @@ class Front:
     "The ASGI app: what stands around all routes. `life` is entered while the server runs."
 
     def __init__(self, routes: Routes, *, pressure: Pressure, life: Callable[[Any], Any] | None = None):
-        self.routes, self.pressure, self.life = routes, pressure, Router(lifespan=life)
-        self.traffic, self.log = Traffic(), logger("recsys.access")
+        self.routes, self.pressure, self.life, self.traffic = routes, pressure, Router(lifespan=life), Traffic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http": return await self.life(scope, receive, send)
         headers = dict(scope["headers"])
         arrived = scope.get("arrived") or time.perf_counter()
-        call = Call(request_id(headers.get(b"x-request-id")), arrived, headers, (scope.get("client") or (None,))[0], scope.get("query_string", b""))
+        call = Call(request_id(headers.get(b"x-request-id")), arrived, headers, (scope.get("client") or (None,))[0], scope.get("query_string", b""),
+                    whole=scope.get("whole", False))
         status = 499  # of a client that hung up
-        self.traffic.under_way.inc()
         self.pressure.under_way += 1
         with bound(request_id=call.request_id):
             try:
@@ -214,7 +232,5 @@ class Front:
         took = time.perf_counter() - call.started
         method = method if method in _METHODS else "other"
         self.pressure.under_way -= 1
-        self.traffic.under_way.dec()
-        self.traffic.requests.labels(method, call.route, str(status)).inc()
-        self.traffic.seconds.labels(call.route).observe(took)
-        self.log.info("request", method=method, route=call.route, status=status, ms=round(took * 1000, 2), key=call.key.id if call.key else None)
+        self.traffic.count(method, call.route, status, took)
+        line("recsys.access", "request", method=method, route=call.route, status=status, ms=round(took * 1000, 2), key=call.key.id if call.key else None, request_id=call.request_id)

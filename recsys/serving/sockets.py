@@ -64,6 +64,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self.heard, self.inside = None, False
+        self.scope["whole"] = True  # type: ignore[typeddict-unknown-key]
 
     def eof_received(self) -> bool:  # type: ignore[override]
         "A client that has said all it has to say, and listens, gets its answer (True keeps the connection). TLS has no such state."
