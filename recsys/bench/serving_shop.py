@@ -119,7 +119,7 @@ def seed_log(home: Home, histories: Mapping[str, Sequence[int]]) -> None:
     log.seed(rows.with_columns(ts=1_700_000_000_000 + 1000 * pl.int_range(pl.len(), dtype=pl.Int64)))
     log.close()
 
-# %% ../../nbs/800_bench/870_serving_shop.ipynb #0dabda58
+# %% ../../nbs/800_bench/870_serving_shop.ipynb #034a1d18
 WORKER = """
 import sys
 from recsys.serving.gateway import serve
@@ -130,7 +130,7 @@ configure("gateway", file=home.logs / "gateway.log")
 serve(home, load(home=home.path), host="127.0.0.1", port=0, fd=int(sys.argv[2]))
 """
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS")}
-READY_SECONDS = 300.0
+READY_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _until_ready(port: int, path: str, children: Sequence[subprocess.Popen]) -> 
             if httpx.get(f"http://127.0.0.1:{port}{path}", timeout=2).status_code == 200: return
         except httpx.TransportError: pass
         time.sleep(0.1)
-    raise BenchError(f"port {port}: no answer at {path} within {READY_SECONDS:g} s")
+    raise BenchError(f"port {port}: no answer at {path} within {READY_SECONDS:g} s; uvicorn ends workers that need more than 5 s to start: leave the machine to the benchmark")
 
 # %% ../../nbs/800_bench/870_serving_shop.ipynb #6f229fba
 @contextmanager
