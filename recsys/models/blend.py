@@ -19,7 +19,8 @@ import polars as pl
 from . import covisit, popular, sequential
 from .contract import Model, Slates, best, check, enough, places
 from .covisit import Covisit
-from .index import DEPTH, NONE, Index
+from .index import DEPTH, NONE
+from .popular import Popular
 from .sequential import Sequential
 from ..prep.sequences import Sequences
 from ..prep.vocab import Vocab
@@ -49,6 +50,37 @@ def combine(
     for part, weight in zip(logs[1:], weights[1:], strict=True):
         if weight: total += np.float32(weight) * part
     return total
+
+# %% ../../nbs/500_models/560_blend.ipynb #67fc495e
+@dataclass(frozen=True)
+class _Voice:
+    "What one part says of one history: its n best items where a mask and an exclusion let them, and the shares of given ones."
+
+    names: Callable[[int, np.ndarray | None, np.ndarray], np.ndarray]
+    shares: Callable[[np.ndarray], np.ndarray]  # int32 [C], rising -> float32 [C]
+
+
+def _voice(part: Model, history: np.ndarray) -> _Voice | None:
+    "None where it knows nothing of the history, so that all items are equal to it."
+    if isinstance(part, Sequential): return _of_network(part, history)
+    if isinstance(part, Covisit):
+        near, said = part.near.found(history)
+        total = np.float32(max(said.sum(), 1e-30))
+        def share(items: np.ndarray) -> np.ndarray:
+            if not len(near): return np.zeros(len(items), np.float32)
+            at = np.minimum(np.searchsorted(near, items), len(near) - 1)
+            return np.where(near[at] == items, said[at] / total, np.float32(0))
+        return _Voice(lambda n, mask, exclude: near[near > 0], share)
+    if not isinstance(part, Popular): return None
+    row = part.scores(Sequences.from_lists([history]))[0]
+    row[0] = 0
+    return _Voice(lambda n, mask, exclude: part.one(history, k=n, exclude=exclude, mask=mask)[0], lambda items: row[items] / np.float32(max(row.sum(), 1e-30)))
+
+
+def _of_network(net: Sequential, history: np.ndarray) -> _Voice | None:
+    state, index = net.state(history), net.index
+    if state is None or index is None: return None
+    return _Voice(lambda n, mask, exclude: index.search(state, n, allowed=mask, exclude=exclude)[0], lambda items: index.probabilities(net.forward.compared.take(items, 0) @ state, state))
 
 # %% ../../nbs/500_models/560_blend.ipynb #990b92da
 @dataclass(frozen=True, eq=False)
@@ -111,10 +143,9 @@ class Blend:
 
     @property
     def _quick(self) -> bool:
-        "Are they a network with an index, and counts?"
-        match self.parts:
-            case (Sequential(index=Index(codes=codes)), Covisit()): return codes is not None
-            case _: return False
+        "Have all networks an index, and are the other parts counts?"
+        nets = [p for p in self.parts if isinstance(p, Sequential)]
+        return bool(nets) and all(p.index is not None and p.index.codes is not None for p in nets) and all(isinstance(p, (Sequential, Covisit, Popular)) for p in self.parts)
 
     def one(
         self,
@@ -124,21 +155,16 @@ class Blend:
         exclude: np.ndarray = NONE,  # int32, rising, each once
         mask: np.ndarray | None = None,  # bool [n], true where an item may be shown
     ) -> tuple[np.ndarray, np.ndarray]:  # int32 and float32, at most k, best first
-        "What `recommend` says of one query. All that the counts know nothing of are in the network's order, so its best and the counts' neighbours hold the k best."
-        if not self._quick or (state := self.parts[0].state(history)) is None:  # type: ignore[attr-defined]
-            return self._best(self.scores(Sequences.from_lists([history]))[0], k, exclude, mask)
-        net, near = self.parts
-        beside, weights = near.near.found(history)  # type: ignore[attr-defined]
-        may = np.ones(len(beside), bool) if mask is None else mask[beside]
-        if len(exclude): may &= exclude.take(exclude.searchsorted(beside), mode="clip") != beside
-        total, others = max(float(weights.sum()), 1e-30), net.index.search(state, max(k + DEPTH, 2 * DEPTH), allowed=mask, exclude=exclude)[0]  # type: ignore[attr-defined]
-        items = np.concatenate([beside[may], np.setdiff1d(others, beside, assume_unique=True)]).astype(np.int32)
-        counted = np.concatenate([weights[may] / total, np.zeros(len(items) - int(may.sum()))]).astype(np.float32)
-        said = net.index.probabilities(net.forward.compared.take(items, 0) @ state, state)  # type: ignore[attr-defined]
-        score = self.weights[0] * np.log(said + np.float32(self.floors[0])) + self.weights[1] * np.log(counted + np.float32(self.floors[1]))
-        if not len(score): return items, score
-        score = np.exp(score - score.max())
-        return best(items, score / score.sum(), self.place, k)
+        "What `recommend` says of one query; with an index, the best of what any part names among its best."
+        voices = [_voice(part, history) for part in self.parts] if self._quick else []
+        if not voices or None in voices: return self._best(self.scores(Sequences.from_lists([history]))[0], k, exclude, mask)
+        items = np.unique(np.concatenate([v.names(2 * max(k, DEPTH), mask, exclude) for v in voices if v]))
+        if mask is not None: items = items[mask[items]]
+        if len(exclude): items = items[exclude.take(exclude.searchsorted(items), mode="clip") != items]
+        if not len(items): return NONE, np.empty(0, np.float32)
+        score = sum(np.float32(w) * np.log(v.shares(items) + np.float32(f)) for v, w, f in zip(voices, self.weights, self.floors, strict=True) if v and w)
+        score = np.exp(score - np.max(score)) if np.ndim(score) else np.ones(len(items), np.float32)
+        return best(items, (score / score.sum()).astype(np.float32), self.place, k)
 
     def because(self, history: np.ndarray, items: np.ndarray) -> np.ndarray:
         "int32 [k]: for each item of an answer, the item of the history that speaks for it, by the first part that gives reasons; 0 where none does."

@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['FEW', 'DEPTH', 'LEAST', 'OVER', 'SOME', 'LITTLE', 'FILE', 'NONE', 'Report', 'Index', 'recall', 'build', 'load']
 
-# %% ../../nbs/500_models/544_index.ipynb #1375852e
+# %% ../../nbs/500_models/544_index.ipynb #93e93b94
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from weakref import ref
 
 import numpy as np
 
 from .contract import best
 
-# %% ../../nbs/500_models/544_index.ipynb #925fb9ff
+# %% ../../nbs/500_models/544_index.ipynb #01b70e49
 FEW = 10_000  # up to so many items are compared at once
 DEPTH, LEAST = 50, 0.98  # so many best items are looked for when recall is measured; least recall
 OVER = 1.6  # so many candidates for each item that is wanted
-SOME = 512  # rows that stand for all in a sum
+SOME = 256  # rows that stand for all in a sum
 LITTLE = 0.1  # where less may be shown, what may be shown is compared
 
 
@@ -36,7 +37,7 @@ class Report:
     probed: int = 0  # lists that an answer reads
     bytes: int = 0  # of the file
 
-# %% ../../nbs/500_models/544_index.ipynb #c9a9ea9a
+# %% ../../nbs/500_models/544_index.ipynb #ca6a5c90
 FILE = "index.faiss"
 NONE = np.empty(0, np.int32)
 
@@ -50,6 +51,7 @@ class Index:
     place: np.ndarray  # int64 [n], decides between equal products
     report: Report
     codes: Any = None  # faiss.Index over the offered rows
+    _shares: dict[int, tuple[ref, float]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def rows(self) -> np.ndarray: return np.flatnonzero(self.offered).astype(np.int32)
@@ -63,7 +65,7 @@ class Index:
         exclude: np.ndarray = NONE,  # int32, rising, each once
     ) -> tuple[np.ndarray, np.ndarray]:  # int32 and float32, at most k, best first
         "The k best rows that are offered, allowed and not excluded, with their products."
-        share = 1.0 if allowed is None else np.count_nonzero(allowed) / len(allowed)
+        share = 1.0 if allowed is None else self._share(allowed)
         depth = max(k, DEPTH) / max(share, LITTLE)
         while self.codes is not None and share >= LITTLE and depth < len(self.rows) // 8:
             found = near = self._near(state, depth)
@@ -76,10 +78,18 @@ class Index:
             return best(found, self.table.take(found, 0) @ state, self.place, k)
         return self._exact(state, k, allowed, exclude)
 
+    def _share(self, allowed: np.ndarray) -> float:
+        "Of the rows; counted once for a mask that nobody can change."
+        if allowed.flags.writeable: return float(np.count_nonzero(allowed) / len(allowed))
+        if (known := self._shares.get(id(allowed))) is None or known[0]() is not allowed:
+            known = self._shares[id(allowed)] = ref(allowed), float(np.count_nonzero(allowed) / len(allowed))
+            if len(self._shares) > 1000: self._shares.clear()
+        return known[1]
+
     def _near(self, state: np.ndarray, depth: float) -> np.ndarray:
         "Rows by their codes; who looks deeper reads more lists."
         how: dict[str, Any] = {}
-        if self.report.kind == "lists":
+        if self.report.kind == "lists" and depth > 1.2 * DEPTH:
             import faiss
             how = {"params": faiss.SearchParametersIVF(nprobe=min(int(self.report.probed * depth / DEPTH + 0.5), self.report.lists))}  # type: ignore[call-arg]
         _, at = self.codes.search(state[None], int(self.report.over * depth), **how)
@@ -103,7 +113,7 @@ class Index:
         products = self.table[rows] @ state if len(rows) < len(may) // 4 else (self.table @ state)[rows]
         return best(rows, products, self.place, k)
 
-# %% ../../nbs/500_models/544_index.ipynb #4e70addc
+# %% ../../nbs/500_models/544_index.ipynb #cc3980bc
 def _codes(table: np.ndarray, lists: int, *, seed: int) -> Any:
     "Trained and filled."
     import faiss
@@ -129,6 +139,7 @@ def _chosen(exact: Index, asked: np.ndarray, *, least: float, seed: int) -> Inde
     probed = 8
     while probed <= lists // 8:
         tried = replace(tried, report=replace(tried.report, probed=probed))
+        tried.codes.nprobe = probed
         if (found := recall(tried, asked)) >= least: return replace(tried, report=replace(tried.report, recall=found))
         probed += probed // 2
     tried = replace(exact, codes=_codes(table, 0, seed=seed))
@@ -137,7 +148,7 @@ def _chosen(exact: Index, asked: np.ndarray, *, least: float, seed: int) -> Inde
         if (found := recall(tried, asked)) >= least: return replace(tried, report=replace(tried.report, recall=found))
     return exact
 
-# %% ../../nbs/500_models/544_index.ipynb #c533428b
+# %% ../../nbs/500_models/544_index.ipynb #8c976c3c
 def build(
     table: np.ndarray,  # float32 [n, D]
     offered: np.ndarray,  # bool [n], rows that can be found
@@ -172,4 +183,5 @@ def load(folder: str | Path, table: np.ndarray, offered: np.ndarray, place: np.n
     except RuntimeError as e: raise ValueError(f"{folder}: {FILE}: {str(e).rpartition('Error: ')[2][:200]}; train again") from e
     if (codes.ntotal, codes.d) != (int(np.count_nonzero(offered)), table.shape[1]):
         raise ValueError(f"{folder}: {FILE}: {codes.ntotal} rows of {codes.d} numbers for {np.count_nonzero(offered)} of {table.shape[1]}; train again")
+    if report.kind == "lists": codes.nprobe = report.probed  # type: ignore[attr-defined]
     return Index(table, offered, place, report, codes)

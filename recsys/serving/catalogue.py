@@ -92,7 +92,9 @@ class Catalogue:
     def as_mask(self, every: np.ndarray) -> Mask:
         "From bool [N]."
         every[0] = False
-        return Mask(every, every if len(every) == len(self.vocab) else every[:len(self.vocab)].copy())
+        known = every if len(every) == len(self.vocab) else every[:len(self.vocab)].copy()
+        for mask in (every, known): mask.flags.writeable = False
+        return Mask(every, known)
 
 
 def below(paths: Sequence[str], wanted: Iterable[str]) -> np.ndarray:
