@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from recsys.cli import fit as fit_cli
 from recsys.cli import offline
-from recsys.models import blend, recipes, release
+from recsys.models import blend, choice, recipes, release
 from recsys.training import protocols
 from recsys.training.protocols import FileError
 
@@ -126,9 +126,9 @@ def test_weights_of_a_blend_are_those_of_the_model(folder: Path) -> None:
     "What `weigh` says of a weight is what evaluating the blend says."
     corpus = protocols.read(folder / "histories.txt", "loo")
     held = protocols.hold_out(corpus)
-    question = recipes.Question(held.known, held.asof, held.cases, held.hide_seen, times=False)
+    question = choice.Question(held.known, held.asof, held.cases, held.hide_seen, times=False)
     made = recipes.fit(recipes.Recipe("covisit", recipes.ORDERED), held.known, asof=held.asof, vocab=corpus.vocab, times=False)
-    values = recipes.weigh([made["popular"]], made["covisit"], question, weights=(0.0, 0.5, 2.0))
+    values = choice.weigh([made["popular"]], made["covisit"], question, weights=(0.0, 0.5, 2.0))
     for (weight, _), value in values.items():
         whole = blend.usual([made["popular"]], made["covisit"], weight=weight)
         assert value == pytest.approx(question.judge(whole).intervals["ndcg@10"].mean, abs=2e-3)
@@ -152,9 +152,9 @@ def test_a_blend_of_two_networks_is_the_mean_of_their_opinions(folder: Path, tmp
 def test_another_network_is_trained_only_where_its_time_is_left(folder: Path) -> None:
     corpus = protocols.read(folder / "histories.txt", "loo")
     held = protocols.hold_out(corpus)
-    question = recipes.Question(held.known, held.asof, held.cases, held.hide_seen, times=False)
-    def judging(minutes: float | None, took: float, each: float = 0.0) -> recipes._Judging:
-        return recipes._Judging(question, None, None, recipes.Budget(minutes), each=each, took=took)
+    question = choice.Question(held.known, held.asof, held.cases, held.hide_seen, times=False)
+    def judging(minutes: float | None, took: float, each: float = 0.0) -> choice._Judging:
+        return choice._Judging(question, None, None, choice.Budget(minutes), each=each, took=took)
     assert judging(60, took=600).another(1)
     assert not judging(None, took=1).another(1) and not judging(60, took=3600).another(1) and not judging(60, took=600, each=3000 / len(question.cases)).another(1)
 

@@ -18,9 +18,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..models import bundle, recipes, release
+from ..models import bundle, choice, recipes, release
 from ..models.contract import Filled, Model
-from ..models.recipes import Choice, Progress, Question
+from ..models.choice import Choice, Progress, Question
 from ..prep.sequences import Sequences, ends
 from ..prep.vocab import Vocab
 from ..schema import ITEMS
@@ -53,7 +53,7 @@ def choose(
 ) -> Choice:
     "The best recipe of a kind on the held-out part, fitted on the rest or, with `refit`, on all."
     question, rest = _question(corpus, seed=seed, most=most), _rest(until, clock)
-    chosen = recipes.best(which, question, minutes=None if rest is None else rest * (0.5 if refit else 1), clock=clock, vocab=corpus.vocab, options=options, progress=progress)
+    chosen = choice.best(which, question, minutes=None if rest is None else rest * (0.5 if refit else 1), clock=clock, vocab=corpus.vocab, options=options, progress=progress)
     if not refit: return chosen
     run: dict[str, Any] = {"progress": lambda status: progress("training again", status.progress, str(status))} if progress else {}
     if chosen.epochs and until is None: run["epochs"] = round(chosen.epochs)

@@ -52,10 +52,10 @@ def fitted(
 
 def _written(corpus: Any, held: Any, recipe: Any, parts: dict[str, Any], out: Path, now: int, refit: bool, seed: int) -> dict[str, Any]:
     "The bundle, and what is to be said of it."
-    from recsys.models import bundle, recipes, release
+    from recsys.models import bundle, choice, recipes, release
     from recsys.schema import ITEMS
     training, sessions = getattr(parts["sequential"], "training", None), corpus.protocol == "sessions"
-    question = recipes.Question(held.known, held.asof, held.cases, held.hide_seen, times=False, sessions=sessions, k=20 if sessions else 10, seed=seed).some(2000)
+    question = choice.Question(held.known, held.asof, held.cases, held.hide_seen, times=False, sessions=sessions, k=20 if sessions else 10, seed=seed).some(2000)
     judged = None if refit or not len(held.cases) else question.judge(recipes.whole(parts))
     metrics = {name: asdict(i) for name, i in judged.intervals.items()} if judged else {}
     run = {k: v for k, v in asdict(training).items() if k != "curve"} if training else {}
