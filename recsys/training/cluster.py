@@ -6,8 +6,10 @@
 __all__ = ['key', 'Place', 'place', 'shared', 'gemm_rate', 'compute_dtype']
 
 # %% ../../nbs/400_training/470_cluster.ipynb #21ce6e2f
+import ctypes
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -107,6 +109,12 @@ def gemm_rate(dtype: torch.dtype, device: torch.device | str = "cpu", *, seconds
         a @ b
         best = min(best, time.perf_counter() - started)
     return 2 * 256 * 128 * 1024 / best / 1e9
+
+
+def tidy() -> None:
+    "Freed memory goes back to the system: batches of ever other shapes leave holes, gigabytes in half an hour (glibc; elsewhere nothing happens)."
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim: trim(0)
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..telemetry import logger
 from . import checkpoints
 from .checkpoints import Weights, packed, unpack
-from .cluster import Place, compute_dtype, key, place
+from .cluster import Place, compute_dtype, key, place, tidy
 from .pace import Options, Pace, Point, Result, Status, Tally, TrainingError, now, rate
 
 # %% ../../nbs/400_training/480_trainer.ipynb #a8522eed
@@ -139,6 +139,7 @@ def _beat(run: _Run, at: float, losses: Tensor, targets: int, seconds: float) ->
     tally.epoch_loss, tally.epoch_targets, tally.targets = tally.epoch_loss + total, tally.epoch_targets + targets, tally.targets + targets
     tally.recent = total / targets if tally.recent is None else 0.95 * tally.recent + 0.05 * total / targets
     if write: _write(run)
+    if tally.step % 50 == 0 and run.here.device.type == "cpu": tidy()
     if time.perf_counter() - run.shown > 0.5: _show(run)
 
 
