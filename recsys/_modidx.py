@@ -2684,7 +2684,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'recsys/training/trainer.py'),
                                          'recsys.training.trainer._show': ('400_training/trainer.html#_show', 'recsys/training/trainer.py'),
                                          'recsys.training.trainer._step': ('400_training/trainer.html#_step', 'recsys/training/trainer.py'),
-                                         'recsys.training.trainer._trim': ('400_training/trainer.html#_trim', 'recsys/training/trainer.py'),
                                          'recsys.training.trainer._validated': ( '400_training/trainer.html#_validated',
                                                                                  'recsys/training/trainer.py'),
                                          'recsys.training.trainer._write': ( '400_training/trainer.html#_write',

@@ -6,7 +6,6 @@
 __all__ = ['Task', 'train']
 
 # %% ../../nbs/400_training/480_trainer.ipynb #e8a7d077
-import ctypes
 import math
 import time
 from collections import deque
@@ -76,7 +75,6 @@ class _Run:
     cpu_started: float = field(default_factory=time.process_time)
     written: float = field(default_factory=time.perf_counter)  # the last checkpoint
     shown: float = 0.0  # the last progress
-    trimmed: float = field(default_factory=time.perf_counter)  # the last time that freed memory went back
 
     def __post_init__(self) -> None: self.started = self.now()
     def now(self) -> float: return now(self.options.clock)
@@ -143,13 +141,6 @@ def _beat(run: _Run, at: float, losses: Tensor, targets: int, seconds: float) ->
     if write: _write(run)
     if tally.step % 50 == 0 and run.here.device.type == "cpu": tidy()
     if time.perf_counter() - run.shown > 0.5: _show(run)
-    if time.perf_counter() - run.trimmed > 30: _trim(run)
-
-
-def _trim(run: _Run) -> None:
-    "Give freed memory back to the system: batches of many lengths leave holes in glibc's heap (Diginetica, 14 CPU minutes: 13.6 GB resident, 1.8 GB after this)."
-    run.trimmed = time.perf_counter()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None): trim(0)
 
 
 def _show(run: _Run) -> None:
