@@ -12,8 +12,13 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+from hypothesis import HealthCheck, settings
 
 matplotlib.use("Agg")
+EVER = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # a busy machine is no finding
+settings.register_profile("same", derandomize=True, **EVER)  # the same examples each time
+settings.register_profile("random", **EVER)  # others each time: `make test-all`
+settings.load_profile("same")
 EXPORTED = re.compile(r"^#\|\s*(export|exporti|exports|default_exp)\b", re.M)
 SKIPPED = re.compile(r"^#\|\s*eval:\s*false", re.M)
 

@@ -624,6 +624,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'recsys.features.store._has_online': ( '300_features/store.html#_has_online',
                                                                               'recsys/features/store.py'),
                                        'recsys.features.store._source': ('300_features/store.html#_source', 'recsys/features/store.py'),
+                                       'recsys.features.store._unchecked': ( '300_features/store.html#_unchecked',
+                                                                             'recsys/features/store.py'),
                                        'recsys.features.store.address': ('300_features/store.html#address', 'recsys/features/store.py'),
                                        'recsys.features.store.apply': ('300_features/store.html#apply', 'recsys/features/store.py'),
                                        'recsys.features.store.config': ('300_features/store.html#config', 'recsys/features/store.py'),

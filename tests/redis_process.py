@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from ports import free_port
 from redis.connection import Connection
 
 from recsys.lake.redis_server import Server
@@ -23,12 +24,6 @@ from recsys.lake.redis_server import Server
 PROGRAM = shutil.which("redis-server") or shutil.which("valkey-server") or "redis-server"
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 MEMORY = Path("/dev/shm")  # a kill of the process leaves what was written there, as on a disk, and no test waits for the disk
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @dataclass
@@ -55,7 +50,7 @@ class RedisProcess:
     def start(self) -> None:
         ports = () if "--tls-port" in self.options else ("--port", str(self.port))
         self.process = subprocess.Popen([PROGRAM, "--bind", "127.0.0.1", "--save", "", "--dir", str(self.folder), *ports, *self.options], stdout=subprocess.DEVNULL)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while not self._answers():
             assert time.monotonic() < until and self.process.poll() is None, "no redis"
             time.sleep(0.01)

@@ -183,7 +183,7 @@ def test_local_workers_listen_on_loopback_speak_tls_and_have_a_limit(client):
     anyone = ssl.create_default_context()
     anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
     port = int(client.scheduler.address.rsplit(":", 1)[1])
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as plain, anyone.wrap_socket(plain) as unknown, pytest.raises(ssl.SSLError, match="(?i)certificate"):
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as plain, anyone.wrap_socket(plain) as unknown, pytest.raises(ssl.SSLError, match="(?i)certificate"):
         while unknown.recv(1 << 16): pass  # another user of this machine has no certificate
 
 
@@ -204,7 +204,7 @@ def test_a_killed_worker_changes_nothing(client, tmp_path):
     unit = partial(fatal, mark=str(tmp_path / "mark"))
     before = set(client.scheduler_info()["workers"])
     assert run(unit, in_files(CLEAN, tmp_path), cluster=client, partitions=4, rows=500).equals(run(sessions, CLEAN))
-    client.wait_for_workers(2, timeout=30)
+    client.wait_for_workers(2, timeout=120)
     assert (tmp_path / "mark").exists() and set(client.scheduler_info()["workers"]) != before
 
 

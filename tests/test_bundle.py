@@ -163,10 +163,10 @@ def test_prune_keeps_the_champion_what_it_replaced_and_what_is_being_written(reg
     def slow(path: Path) -> None:
         path.write_text("slow")
         entered.set()
-        assert leave.wait(30)
+        assert leave.wait(120)
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(write, registry, {"slow": slow}, about={"created": 99})
-        assert entered.wait(30)
+        assert entered.wait(120)
         gone = prune(registry, keep=2)
         leave.set()
         slow_bundle = writing.result()

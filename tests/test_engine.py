@@ -103,7 +103,7 @@ def test_the_champion_is_followed_and_a_rollback_is_a_swap(tmp_path: Path):
         for new in (*made, made[0]):
             promote(home.registry, new, reason="test")
             began = time.monotonic()
-            while (live.engine is None or live.engine.bundle != new) and time.monotonic() - began < 20: await asyncio.sleep(0.02)
+            while (live.engine is None or live.engine.bundle != new) and time.monotonic() - began < 120: await asyncio.sleep(0.02)
             served.append(live.engine.bundle if live.engine else "")
         following.cancel()
         return served

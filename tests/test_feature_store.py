@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import polars as pl
 import pytest
+from ports import free_port
 
 from recsys.features import definitions
 from recsys.features.definitions import SERVICES, TABLES, VIEWS, View, digest, windowed
@@ -325,10 +326,7 @@ def test_the_feast_command_and_its_ui_work_on_the_registry(home: Home):
     command = [str(Path(sys.executable).parent / "feast"), "-c", str(ROOT / "feature_repo")]
     said = subprocess.run([*command, "feature-views", "list"], capture_output=True, text=True, env=env, check=True).stdout
     assert all(name in said for name in VIEWS)
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     ui = subprocess.Popen([*command, "ui", "--host", "127.0.0.1", "--port", str(port)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(240):
@@ -338,7 +336,7 @@ def test_the_feast_command_and_its_ui_work_on_the_registry(home: Home):
         assert answer.status_code == 200 and "feast" in answer.text.lower()
     finally:
         ui.terminate()
-        ui.wait(30)
+        ui.wait(120)
 
 
 def test_apply_may_be_repeated(home: Home):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sqlite3
 import subprocess
@@ -22,14 +23,15 @@ from feature_home import home_of
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from redis_process import RedisProcess, free_port, tls
+from ports import free_port
+from redis_process import RedisProcess, tls
 
 from recsys.breaker import Breaker
 from recsys.features.definitions import RANKER_V1, TABLES, USER_CATEGORY, USER_WINDOWS, VIEWS
 from recsys.features.offline import build
 from recsys.features.online import Reader, _Counts, materialize, write_rows
 from recsys.features.online_stores import client_of
-from recsys.features.store import REGISTRY, StoreError, open_store
+from recsys.features.store import ONLINE, REGISTRY, StoreError, open_store
 from recsys.features.updater import Updater
 from recsys.lake.redis_server import PASSWORD, UnsafeAddress
 from recsys.lake.tables import Lake
@@ -170,20 +172,21 @@ def test_rows_wait_while_redis_is_down_and_readers_answer_without(redis_server: 
     lake = Lake(home.lake)
     lake.append("items", catalogue())
     lake.append("events", shop().events.with_columns(pl.lit(1, dtype=pl.Int64).alias(SEQ)).select(list(EVENTS)))
-    updater = Updater.open(home, settings, lake, clock=lambda: T0 + 7 * DAY)
-    reader = Reader(open_store(home, settings), RANKER_V1, breaker=Breaker(pause_s=0.3))
+    updater, now = Updater.open(home, settings, lake, clock=lambda: T0 + 7 * DAY), 0.0
+    reader = Reader(open_store(home, settings), RANKER_V1, breaker=Breaker(pause_s=0.3, clock=lambda: now))
     assert updater.step() > 0 and reader.user("ann", now=T0 + 7 * DAY).user_seq == 1
     redis_server.stop()
     event = {EVENT_ID: "new", USER_ID: "ann", ITEM_ID: "i0", TYPE: "view", TS: T0 + 7 * DAY, KNOWN_TS: T0 + 7 * DAY, TS_IS_ORDER: False, SEQ: 2}
     batch = pl.DataFrame([event], schema=EVENTS)
     updater.apply(batch, version=lake.append("events", batch))
     assert updater.flush() == 0 and updater.waiting == 1
-    began = time.monotonic()
+    failed, paused = (_Counts().unread.labels(reason)._value for reason in ("failed", "paused"))
+    before = failed.get(), paused.get()
     assert [reader.user("ann", now=T0 + 7 * DAY) for _ in range(200)] == [None] * 200
-    assert time.monotonic() - began < 2
+    assert (failed.get() - before[0], paused.get() - before[1]) == (3, 197)  # three tries; nobody waits after that
     redis_server.start()  # it comes back empty
     assert updater.flush() == 2 and updater.waiting == 0
-    time.sleep(0.35)
+    now = 0.35
     assert reader.user("ann", now=T0 + 7 * DAY).user_seq == 2
 
 
@@ -252,7 +255,9 @@ settings = replace(settings, features=replace(settings.features, online=sys.argv
 store = open_store(home, settings)
 print("ready", flush=True)
 scan = Lake(home.features / "offline", tables=TABLES).scan
-while True: materialize(store, home, scan, views=["user_windows"], incremental=False)
+while True:
+    materialize(store, home, scan, views=["user_windows"], incremental=False)
+    print("once more", flush=True)
 """
 
 
@@ -265,12 +270,11 @@ def test_reads_never_fail_while_a_view_materialises_nor_after_it_was_killed(plac
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(home.path), settings.features.online], stdout=subprocess.PIPE, text=True, env=env)
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
-    until, reads, worst = time.monotonic() + 4, 0, 0.0
-    while time.monotonic() < until:
-        began = time.perf_counter()
-        assert reader.user(f"u{reads % 2000}", now=T0 + DAY).user_seq is not None
-        worst, reads = max(worst, time.perf_counter() - began), reads + 1
-    assert child.poll() is None
+    passes, reads = queue.SimpleQueue(), 0
+    threading.Thread(target=lambda: [passes.put(line) for line in child.stdout]).start()
+    while passes.qsize() < 3 or reads < 500:
+        assert reader.user(f"u{reads % 2000}", now=T0 + DAY).user_seq is not None and child.poll() is None
+        reads += 1
     child.send_signal(signal.SIGKILL)
     child.wait()
     with closing(sqlite3.connect(home.features / REGISTRY, timeout=30)) as db, db:  # what a kill leaves, at the latest now
@@ -280,9 +284,12 @@ def test_reads_never_fail_while_a_view_materialises_nor_after_it_was_killed(plac
     assert store.registry.get_feature_view("user_windows", "recsys").state == FeatureViewState.MATERIALIZING
     restarted = Reader(open_store(home, settings, write=False), RANKER_V1)
     for n in range(200): assert reader.user(f"u{n}", now=T0 + DAY) == restarted.user(f"u{n}", now=T0 + DAY) != None  # noqa: E711
+    if settings.features.online == "sqlite":  # nobody waits for who is in the middle of writing
+        with closing(sqlite3.connect(home.features / ONLINE, isolation_level=None)) as writing:
+            writing.execute("BEGIN EXCLUSIVE")
+            assert reader.user("u1", now=T0 + DAY).user_seq is not None
     healed = open_store(home, settings)  # a writer takes the mark back
     assert healed.registry.get_feature_view("user_windows", "recsys").state == FeatureViewState.AVAILABLE_ONLINE
-    assert reads > 100 and worst < 1
 
 
 # --- what comes in wrong
@@ -309,11 +316,11 @@ def test_writing_is_fast_enough(place):
     home, settings = place
     store = open_store(home, settings)
     rows = pl.concat([user_row(f"u{n}", T0 + n, user_views_1d=n % 40, user_spent_cents_30d=n * 7, user_carts_per_views_7d=n / 3000) for n in range(3_000)])
-    began = time.perf_counter()
+    began = time.process_time()
     write_rows(store, USER_WINDOWS, rows)
-    rate = 3_000 / (time.perf_counter() - began)
+    rate = 3_000 / (time.process_time() - began)
     print(f"{rate:,.0f} rows/s")
-    assert rate > 1_000  # 5,000 and more on a quiet machine: see recsys bench features
+    assert rate > 1_000  # a second of this process; 5,000 and more by the clock: see recsys bench features
 
 
 # --- Redis, with a name and behind TLS

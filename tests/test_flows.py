@@ -68,7 +68,7 @@ flows.run({flow!r}, {{}}, home=Home(Path({str(place["home"].path)!r})), settings
 def test_kill_9_in_the_middle_then_resume_continues_after_the_last_finished_step(place):
     home, steps = place["home"], place["pipelines"]
     mark = place["runs"].parent / "kernel.pid"
-    pipeline(steps, "second", START, f"import os, time\nPath({str(mark)!r}).write_text(str(os.getpid()))\ntime.sleep(60)", END)
+    pipeline(steps, "second", START, f"import os, time\nPath({str(mark)!r}).write_text(str(os.getpid()))\ntime.sleep(600)", END)
     flow = in_another_process(place)
     until(mark.exists)
     with pytest.raises(FlowError, match=r"flow two cannot start: flow two \(pid \d+\) is running"): flows.run("two", {}, **place, flows=TWO)
@@ -79,7 +79,7 @@ def test_kill_9_in_the_middle_then_resume_continues_after_the_last_finished_step
     flow.wait()
     (cut,) = flows.runs_of(home, runs=place["runs"])
     assert cut.status == "interrupted" and [s.status for s in cut.steps] == ["done", "running"]
-    until(lambda: not psutil.pid_exists(int(mark.read_text())), 30)  # the orphaned kernel ends by itself
+    until(lambda: not psutil.pid_exists(int(mark.read_text())))  # the orphaned kernel ends by itself
 
     pipeline(steps, "second", START, "(work / 'second').open('a').write('x')", END)
     done = flows.resume(cut.run_id, **place)  # the dead holder's lock does not stand in the way
@@ -116,18 +116,18 @@ def test_a_step_without_a_result_is_not_done(place):
 def test_a_step_that_takes_too_long_is_killed_with_its_children(place):
     mark = place["runs"].parent / "child.pid"
     pipeline(place["pipelines"], "first", "import subprocess, time, pathlib",
-             f"pathlib.Path({str(mark)!r}).write_text(str(subprocess.Popen(['sleep', '60']).pid))", "while True: time.sleep(0.5)")
-    settings = replace(place["settings"], flow=replace(place["settings"].flow, step_minutes=0.06))
-    begun = time.monotonic()
-    with pytest.raises(FlowError, match=r"cut off: it took longer than 0.06 minutes"): flows.run("one", {}, **{**place, "settings": settings}, flows=TWO)
-    assert time.monotonic() - begun < 60
-    until(lambda: not psutil.pid_exists(int(mark.read_text())) or psutil.Process(int(mark.read_text())).status() == "zombie", 30)
+             f"pathlib.Path({str(mark)!r}).write_text(str(subprocess.Popen(['sleep', '600']).pid))", "while True: time.sleep(0.5)")
+    for minutes in (0.06, 0.5, 3):  # the first, unless the machine is so busy that the kernel had not come up by then
+        settings = replace(place["settings"], flow=replace(place["settings"].flow, step_minutes=minutes))
+        with pytest.raises(FlowError, match=f"cut off: it took longer than {minutes:g} minutes"): flows.run("one", {}, **{**place, "settings": settings}, flows=TWO)
+        if mark.exists(): break
+    until(lambda: not psutil.pid_exists(int(mark.read_text())) or psutil.Process(int(mark.read_text())).status() == "zombie")
 
 
 def test_a_flow_can_be_told_to_stop(place):
-    pipeline(place["pipelines"], "first", "import time; time.sleep(60)", "1 / 0")
-    stop = threading.Event()
-    threading.Timer(3, stop.set).start()
+    mark, stop = place["runs"].parent / "begun", threading.Event()
+    pipeline(place["pipelines"], "first", f"import pathlib, time; pathlib.Path({str(mark)!r}).touch(); time.sleep(600)", "1 / 0")
+    threading.Thread(target=lambda: (until(mark.exists), stop.set())).start()
     with pytest.raises(FlowError, match="told to stop"): flows.run("one", {}, **place, flows=TWO, stop=stop)
     assert flows.runs_of(place["home"], runs=place["runs"])[0].status == "interrupted"
 
@@ -145,7 +145,7 @@ def test_the_kernel_is_this_python_whatever_kernelspec_is_installed(tmp_path, mo
     notebook = pipeline(tmp_path / "steps", "who", "import os, sys, psutil\nfrom recsys.notebooks import finish",
                         "ports = [c.laddr.ip for c in psutil.Process().net_connections() if c.status == 'LISTEN']",
                         "finish(result, {'python': sys.executable, 'threads': os.environ['OMP_NUM_THREADS'], 'ports': ports})")
-    execute(notebook, tmp_path / "copy.ipynb", {"result": str(tmp_path / "who.json")}, minutes=1)
+    execute(notebook, tmp_path / "copy.ipynb", {"result": str(tmp_path / "who.json")}, minutes=5)
     found = json.loads((tmp_path / "who.json").read_text())
     assert (found["python"], found["threads"]) == (sys.executable, "1")
     assert set(found["ports"]) <= {"127.0.0.1"}  # ipykernel's own, for what child processes print
@@ -162,7 +162,7 @@ def test_the_scheduler_keeps_a_missed_run_survives_its_failure_and_stops_when_to
     until(lambda: len(flows.runs_of(home, runs=runs)) == 2 and flows.runs_of(home, runs=runs)[0].status == "failed")  # the lake is empty
     assert clock.is_alive()
     stop.set()
-    clock.join(60)
+    clock.join(120)
     assert not clock.is_alive()
     assert flows.runs_of(home, runs=runs)[0].flow == "retrain"  # no run of the features flow was missed
     off = load({"RECSYS_FLOW_RETRAIN": "", "RECSYS_FEATURES_REFRESH": ""})

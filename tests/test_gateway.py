@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import inspect
 import re
 import signal
 import socket
@@ -19,6 +20,7 @@ from recsys.models.bundle import promote
 from recsys.schema import EVENT_TYPES
 from recsys.serving.auth import Keys
 from recsys.serving.client import Client, Refusal
+from recsys.serving.engine import Live
 from recsys.serving.openapi import Operation
 from recsys.serving.problems import PROBLEMS
 
@@ -277,6 +279,7 @@ def test_a_worker_that_is_killed_loses_no_acknowledged_event(gateway: Gateway):
 
 def test_a_new_champion_is_served_without_a_failed_request(gateway: Gateway):
     stop, answers = threading.Event(), []
+    assert inspect.signature(Live.follow).parameters["every"].default <= 0.5  # a worker looks more than once a second
 
     def ask() -> None:
         with gateway.client() as client:
@@ -308,7 +311,7 @@ def test_sigterm_finishes_what_was_begun(tmp_path: Path):
             wait_for(lambda: len(statuses) > 3)
             worker.send_signal(signal.SIGTERM)
             gateway.listener.close()
-            assert worker.wait(timeout=30) == 0
+            assert worker.wait(timeout=120) == 0
         log = SQLiteEventLog(gateway.home.eventlog)
         assert log.depth("events", after=0) >= 200 * sum(s == 202 for s in statuses) > 0
         log.close()

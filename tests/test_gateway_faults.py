@@ -124,13 +124,12 @@ def test_a_lock_held_by_another_process_delays_and_does_not_lose(gateway: Gatewa
     answers: list[int] = []
     waiting = threading.Thread(target=lambda: answers.append(gateway.events(event("waited")).status_code))
     waiting.start()
-    began = time.monotonic()
-    assert gateway.recommend(user_id="ann", k=3).status_code == 200  # reading does not wait, and neither does the loop
-    took = time.monotonic() - began
+    answer = gateway.recommend(user_id="ann", k=3)
+    assert answer.status_code == 200 and answer.json()["tier"] == "retrieval" and answers == []  # reading does not wait, and neither does the loop
     other.execute("COMMIT")
     other.close()
     waiting.join()
-    assert answers == [202] and "waited" in stored(gateway) and took < 1.0
+    assert answers == [202] and "waited" in stored(gateway)
 
 
 def test_keys_that_cannot_be_read_let_nobody_in(tmp_path: Path):

@@ -40,7 +40,7 @@ def test_several_processes_append_at_once(lake: Lake):
     for process in processes:
         assert process.stdin
         process.stdin.write("x"); process.stdin.flush()
-    for process in processes: process.communicate(timeout=120)
+    for process in processes: process.communicate(timeout=300)
     assert [process.returncode for process in processes] == [0] * 4
     ids = lake.scan("events").select(EVENT_ID).collect()[EVENT_ID]
     assert len(ids) == ids.n_unique() == lake.rows("events") == 4 * 5 * SHOP.events.height

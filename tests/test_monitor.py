@@ -5,7 +5,6 @@ import http.server
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -174,22 +173,25 @@ def test_damage_to_the_registry_is_said_and_the_rest_is_shown(home: Home):
 
 
 class _Answers(http.server.BaseHTTPRequestHandler):
-    status, pause = 200, 0.0
+    status, go_on = 200, threading.Event()
 
     def do_GET(self):
-        time.sleep(self.pause)
+        self.go_on.wait(120)
         self.send_response(self.status)
         self.end_headers()
 
     def log_message(self, *args): pass
 
 
-@pytest.mark.parametrize(("status", "pause", "state"), [(200, 0, "ok"), (503, 0, "late"), (200, 1.0, "down")])
-def test_the_gateway_is_asked_and_not_waited_for(status, pause, state):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Answers,), {"status": status, "pause": pause}))
+@pytest.mark.parametrize(("status", "timeout", "state"), [(200, 60, "ok"), (503, 60, "late"), (200, 0.3, "down")])
+def test_the_gateway_is_asked_and_not_waited_for(status, timeout, state):
+    go_on = threading.Event()
+    if state != "down": go_on.set()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Answers,), {"status": status, "go_on": go_on}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try: assert monitor.gateway(f"http://127.0.0.1:{server.server_port}", timeout=0.3).state == state
+    try: assert monitor.gateway(f"http://127.0.0.1:{server.server_port}", timeout=timeout).state == state
     finally:
+        go_on.set()
         server.shutdown()
         server.server_close()
 

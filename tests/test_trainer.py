@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from recsys.ops import launch
 from recsys.prep.sequences import Sequences
-from recsys.training import checkpoints
+from recsys.training import checkpoints, trainer
 from recsys.training.cluster import shared
 from recsys.training.pace import Options, Result, TrainingError
 from recsys.training.trainer import train
@@ -112,12 +113,17 @@ def test_an_error_that_would_come_again_ends_the_job(tmp_path: Path):
     with pytest.raises(launch.LaunchError, match="ema = 2 is out of range"): launched(tmp_path, 2, ema=2)
 
 
-def fitted(tmp_path: Path | None = None, **options) -> Result:
-    return train(Strides(strides(3000), wait=0.01), Options(lr=1e-2, device="cpu", dtype="fp32", **options), folder=tmp_path, validate=lambda: time.sleep(0.1) or 1.0)
+def fitted(tmp_path: Path | None = None, *, wait: Callable[[float], object] = lambda seconds: None, **options) -> Result:
+    class Waits(Strides):
+        "A hundredth of a second goes by in each step."
+        def loss(self, batch: tuple[torch.Tensor, torch.Tensor], step: int) -> torch.Tensor: return wait(0.01) or super().loss(batch, step)
+    return train(Waits(strides(3000)), Options(lr=1e-2, device="cpu", dtype="fp32", **options), folder=tmp_path, validate=lambda: wait(0.1) or 1.0)
 
 
-def test_the_minutes_are_kept(tmp_path: Path):
-    result = fitted(epochs=1000, minutes=0.1)
+def test_the_minutes_are_kept(monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr(trainer, "now", lambda clock: now[0])
+    result = fitted(epochs=1000, minutes=0.1, wait=lambda seconds: now.append(now.pop() + seconds))
     assert 5.4 < result.seconds < 6.6 and result.stopped == "minutes" and result.curve[-1].lr < 0.1 * 1e-2
 
 
@@ -126,9 +132,10 @@ def walks(users: int, steps: int) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=["user_id", "item_id", "type", "ts"], orient="row")
 
 
-def test_data_are_a_small_part_of_a_step():
-    "Of the real network's, in batches of its usual size."
+def test_data_are_a_small_part_of_a_step(monkeypatch: pytest.MonkeyPatch):
+    "Of the real network's, in batches of its usual size, in time of the processor."
     from recsys.models import sequential
+    monkeypatch.setattr(trainer, "now", lambda clock: time.process_time())
     model = sequential.fit(walks(400, 60), asof=1000, epochs=1, dim=64, device="cpu", dtype="fp32")
     assert model.training and model.training.steps >= 8 and model.training.data_share < 0.05
 

@@ -23,7 +23,7 @@ def test_processes_that_start_together_get_the_same_key(tmp_path: Path):
     for process in waiting:
         assert process.stdin
         process.stdin.write("x"); process.stdin.flush()
-    names = {process.communicate(timeout=60)[0].strip() for process in waiting}
+    names = {process.communicate(timeout=300)[0].strip() for process in waiting}
     assert names == {Vault.open(folder).pseudonym("ann")}
     assert sorted(path.name for path in folder.iterdir()) == ["pseudonym.key", "seal.key"]  # no drafts are left
 

@@ -102,10 +102,10 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled(place: str, lake: Lake,
     log = opened(place)
     log.append(events(0, 330)); log.record(shown(0, 330)); log.put(changed(0, 330))
     histories = {f"u{n}": log.history(f"u{n}") for n in range(7)}
-    victim = subprocess.run([sys.executable, "-c", VICTIM, str(tmp_path), place, moment, str(times)], timeout=120)
+    victim = subprocess.run([sys.executable, "-c", VICTIM, str(tmp_path), place, moment, str(times)], timeout=300)
     assert victim.returncode == -signal.SIGKILL
     log.append(events(330, 40))
-    subprocess.run([sys.executable, "-c", VICTIM, str(tmp_path), place, "never", "0"], timeout=120, check=True)
+    subprocess.run([sys.executable, "-c", VICTIM, str(tmp_path), place, "never", "0"], timeout=300, check=True)
     assert ids(lake) == sorted(f"e{n}" for n in range(370))
     assert ids(lake, "impressions") == sorted(f"r{n}" for n in range(330))
     assert lake.scan("items").collect()["price"].sort().to_list() == [float(n) for n in range(330)]
@@ -126,14 +126,15 @@ Writer(SQLiteEventLog(sys.argv[1] + "/log"), Lake(sys.argv[1] + "/lake"), interv
     for life in range(4):
         with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout and process.stdout.readline() == "up\n"
-            end = time.monotonic() + 0.3 + 0.11 * life
-            while time.monotonic() < end:
+            until, before = time.monotonic() + 120, lake.rows("events")
+            while lake.rows("events") < before + 50 * (life + 1) and time.monotonic() < until:  # it moves, while events come in
                 log.append(events(sent, 20))
                 sent += 20
             process.kill()
+            assert lake.rows("events") > before
     writer = Writer(log, lake)
     while writer.step().events: pass
-    assert ids(lake) == sorted(f"e{n}" for n in range(sent)) and lake.rows("events") == sent > 400
+    assert ids(lake) == sorted(f"e{n}" for n in range(sent)) and lake.rows("events") == sent >= 500
 
 
 def test_two_writers_at_once_move_each_record_once(log: SQLiteEventLog, lake: Lake, tmp_path: Path):
@@ -143,7 +144,7 @@ def test_two_writers_at_once_move_each_record_once(log: SQLiteEventLog, lake: La
     writers = [Writer(SQLiteEventLog(tmp_path / "log"), Lake(lake.root), interval_ms=1, batch_rows=100, compact_every=3) for _ in range(3)]
     threads = [threading.Thread(target=w.run, args=(stop,), daemon=True) for w in writers]
     for thread in threads: thread.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while (lake.rows("events") < 2000 or lake.rows("impressions") < 500) and time.monotonic() < end: time.sleep(0.05)
     stop.set()
     for thread in threads: thread.join()
@@ -256,8 +257,8 @@ def test_run_stops_when_told(log: SQLiteEventLog, lake: Lake):
     thread = threading.Thread(target=Writer(log, lake, interval_ms=60_000).run, args=(stop,), daemon=True)
     log.append(events(0, 10))
     thread.start()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while lake.rows("events") < 10 and time.monotonic() < end: time.sleep(0.02)
     stop.set()
-    thread.join(timeout=5)
+    thread.join(timeout=120)
     assert not thread.is_alive() and lake.rows("events") == 10

@@ -29,13 +29,24 @@ if TYPE_CHECKING:
     from feast import FeatureStore, RepoConfig
 
 # %% ../../nbs/300_features/310_store.ipynb #4d72ac21
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    "Classes that are defined here do not check the types of arguments at each call: for that, typeguard writes their source anew, most of Feast's import."
+    typeguard = importlib.import_module("typeguard")
+    kept = typeguard.typechecked
+    typeguard.typechecked = lambda target=None, **_: target if target is not None else lambda defined: defined
+    try: yield
+    finally: typeguard.typechecked = kept
+
+
 def feast() -> ModuleType:
     "Feast, imported at first use, without torch, and with the environment as it was."
     if "feast" in sys.modules: return importlib.import_module("feast")
     importlib.import_module("prometheus_client")  # decides now where its values lie
     before, apart = dict(os.environ), "torch" not in sys.modules
     if apart: sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails
-    try: return importlib.import_module("feast")
+    try:
+        with _unchecked(): return importlib.import_module("feast")
     finally:
         if apart: del sys.modules["torch"]
         for name in os.environ.keys() - before.keys(): del os.environ[name]
