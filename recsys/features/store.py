@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @contextmanager
 def _unchecked() -> Iterator[None]:
     "Classes that are defined here do not check the types of arguments at each call: for that, typeguard writes their source anew, most of Feast's import."
-    typeguard = importlib.import_module("typeguard")
+    typeguard: Any = importlib.import_module("typeguard")
     kept = typeguard.typechecked
     typeguard.typechecked = lambda target=None, **_: target if target is not None else lambda defined: defined
     try: yield
