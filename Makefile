@@ -43,10 +43,10 @@ lint: setup-dev ## ruff and mypy
 	@$(BIN)/mypy
 
 test: setup-dev system lint ## what CI checks, the same way
-	@$(BIN)/python -m pytest -m 'not long' -n 2 --dist loadfile --cov=recsys --cov-report=term:skip-covered --durations=15
+	@$(BIN)/python -m pytest -m 'not long' -n 2 --dist loadfile --no-loadscope-reorder --cov=recsys --cov-report=term:skip-covered --durations=15
 
 test-all: setup-dev system lint gpu-plan ## the long counts too, and the plans for a GPU
-	@$(BIN)/python -m pytest --hypothesis-profile=random -n 2 --dist loadfile --cov=recsys --cov-report=term:skip-covered --durations=30
+	@$(BIN)/python -m pytest --hypothesis-profile=random -n 2 --dist loadfile --no-loadscope-reorder --cov=recsys --cov-report=term:skip-covered --durations=30
 
 .venv-gpu/.ready: constraints-gpu.txt
 	@free=$$(df -Pk . | awk 'NR==2 {print int($$4/1024)}'); [ "$$free" -ge 2500 ] || { echo "about 2.5 GB of disk are needed for .venv-gpu, and $$free MB are free here"; exit 1; }

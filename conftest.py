@@ -9,6 +9,8 @@ import re
 import shutil
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: threads of two workers on two cores would wait for each other most of the time
+
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
@@ -67,7 +69,8 @@ DATA = Path(os.environ.get("RECSYS_DATA", Path(__file__).parent.parent / "shared
 PROGRAMS = {"browser": ("chromium",), "redis": ("redis-server", "valkey-server")}
 
 
-LONGEST = ("test_ring.py", "test_pipelines.py", "test_flows.py")  # begun first, so that two workers end together
+LONGEST = ("test_ring.py", "test_pipelines.py", "test_feature_store.py", "test_trainer.py", "test_features_online.py", "test_writer.py", "test_bench_features.py", "test_bench.py",
+           "test_features_served.py", "test_platform.py", "test_dashboard.py", "test_flows.py")  # begun first, so that two workers end together
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
