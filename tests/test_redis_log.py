@@ -9,7 +9,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from redis_process import DURABLE, RedisProcess, free_port, tls
+from ports import free_port
+from redis_process import DURABLE, RedisProcess, tls
 
 from recsys.lake import redis_log
 from recsys.lake.eventlog import EventLogError, GroupCommit, RedisEventLog, SQLiteEventLog, open_log
