@@ -196,6 +196,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'recsys.cli.bench.bench_features': ('900_cli/bench.html#bench_features', 'recsys/cli/bench.py'),
                                   'recsys.cli.bench.bench_prep': ('900_cli/bench.html#bench_prep', 'recsys/cli/bench.py'),
                                   'recsys.cli.bench.bench_quality': ('900_cli/bench.html#bench_quality', 'recsys/cli/bench.py'),
+                                  'recsys.cli.bench.bench_serving': ('900_cli/bench.html#bench_serving', 'recsys/cli/bench.py'),
                                   'recsys.cli.bench.bench_training': ('900_cli/bench.html#bench_training', 'recsys/cli/bench.py')},
             'recsys.cli.console': { 'recsys.cli.console.bar': ('900_cli/console.html#bar', 'recsys/cli/console.py'),
                                     'recsys.cli.console.opened': ('900_cli/console.html#opened', 'recsys/cli/console.py'),
