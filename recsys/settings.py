@@ -72,6 +72,7 @@ class Prep:
 @dataclass(frozen=True)
 class Features:
     online: RedisOr
+    service: Literal["ranker_v1", "retrieval_v1"]
     refresh: str
 
 

@@ -8,8 +8,8 @@ __all__ = ['TIERS', 'FULL', 'RETRIEVAL', 'WITHOUT_RANKER', 'WITHOUT_FEATURES', '
            'Engine']
 
 # %% ../../nbs/600_serving/620_engine.ipynb #edaa9503
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,10 +73,11 @@ class Slate:
     user_seq: int | None  # last event of the history that was applied; None without one
     policy: str = ""  # in words, for the impression
     rows: FeatureRows | None = None  # features that were read for it
+    retrieved: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # place (from 1) and score by retrieval of what is shown; empty where the slots are in that very order
 
     def without_features(self) -> "Slate":
         "The same, made without the features of the shopper that were promised; a lower rung stays what it is."
-        return Slate(self.slots, lower(self.tier, WITHOUT_FEATURES), self.age_ms, self.user_seq, self.policy, self.rows)
+        return replace(self, tier=lower(self.tier, WITHOUT_FEATURES))
 
 # %% ../../nbs/600_serving/620_engine.ipynb #34809c51
 def question(catalogue: Catalogue, how: How, request: RecommendationRequest, history: History | None, *, now: int, rules: Sequence[Rule] = (), most: int, beside: int = 0) -> Query:
@@ -152,6 +153,7 @@ class Engine:
     rules: Rules = Rules()
     lists: Lists = field(default_factory=Lists)
     mark: Mark = Mark()  # up to where its catalogue had the event log's changes
+    without: str | None = None  # why the bundle's ranker is not used
 
     @classmethod
     def load(cls, path: str | Path, *, how: How = How()) -> "Engine":
@@ -163,13 +165,14 @@ class Engine:
         about, data = found.manifest.about, found.manifest.about.get("data") or {}
         counts = getattr(models[-1], "counts", np.ones(len(found.vocab)))
         engine = cls(found.id, data.get("asof") or about["created"], str(data.get("items_version") or found.id), models, Catalogue.of(found.items, found.vocab), how,
-                     ranker=getattr(found, "ranker", None), content=Content.of(found.items, counts == 0), mark=Mark.of(about))
+                     ranker=found.ranker, content=Content.of(found.items, counts == 0), mark=Mark.of(about), without=found.without)
+        if found.without: logger("recsys.engine").error("ranker refused", bundle=found.id, why=found.without)
         tried = engine.recommend(RecommendationRequest(items=found.vocab.ids.head(3).to_list()), None, now=about["created"])
         if tried.tier != engine.best: raise BundleError(f"{path}: it fails on a first question; see the log, and train again")
         return engine
 
     @property
-    def best(self) -> str: return FULL if self.ranker is not None else RETRIEVAL
+    def best(self) -> str: return FULL if self.ranker is not None else WITHOUT_RANKER if self.without else RETRIEVAL
 
     @cached_property
     def policy(self) -> str:
@@ -224,14 +227,15 @@ class Engine:
         except Exception as e:  # noqa: BLE001  the ladder: whatever breaks in a model, a list of before or the popular items still stand
             self._failed("model failed", e)
             tier, age, found = self._without_models(asked)
+            as_found = found
         else:
+            as_found, fallen = found, tier
             if self.ranker is not None: found, fallen, rows = self._ranked(asked, found, features)
-            else: fallen = tier
             tier = lower(tier, fallen)
         shown, propensity = explore(arrange(found, asked, self.catalogue, self.how, rules), asked.k, self.catalogue, self.how, seed=seed)
         slots = slots_of(self.catalogue, asked, shown, propensity)
         if tier != CACHED and tier != FLOOR and len(asked.items): self.lists.keep(self.catalogue.ids(asked.items[-1:].tolist())[0], [s.item_id for s in slots], asked.now)
-        return Slate(slots, tier, age, user_seq, self.policy, rows)
+        return Slate(slots, tier, age, user_seq, self.policy, rows, _retrieved(as_found, shown, slots))
 
     def _ranked(self, asked: Query, found: Candidates, features: Features | None) -> tuple[Candidates, str, FeatureRows | None]:
         "In the ranker's order, the rung, and the features that were read."
@@ -264,3 +268,11 @@ class Engine:
 
 
 _NO_ITEMS = np.empty(0, np.int32), np.empty(0, np.float32)
+
+
+def _retrieved(found: Candidates, shown: Candidates, slots: Sequence[Slot]) -> dict[str, tuple[int, float]]:
+    "For each slot that retrieval proposed, its place there and its score; nothing where the slots are its first ones."
+    if np.array_equal(found.items[:len(shown)], shown.items) and np.array_equal(found.scores[:len(shown)], shown.scores): return {}
+    at = {item: n for n, item in enumerate(found.items.tolist())}
+    places = [at.get(item) for item in shown.items.tolist()]
+    return {s.item_id: (n + 1, float(f"{found.scores[n]:.7g}")) for s, n in zip(slots, places, strict=True) if n is not None}

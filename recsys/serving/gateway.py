@@ -80,6 +80,7 @@ def create_app(home: Home, settings: Settings, *, clock: Callable[[], int] | Non
     @asynccontextmanager
     async def life(app: Any) -> AsyncIterator[None]:
         worker.live.refresh()
+        worker.features.refresh()
         following = [asyncio.create_task(work) for work in (worker.live.follow(), worker.features.follow(), front.traffic.watch(worker.pressure))]
         logger("recsys.gateway").info("serving", pid=os.getpid(), bundle=worker.live.engine.bundle if worker.live.engine else None)
         try: yield

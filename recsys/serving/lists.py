@@ -38,7 +38,7 @@ def impression(
     id: str, user: str | None, request: RecommendationRequest, slate: Slate, used: Used = _NOTHING, *, engine: Engine, now: int, latency_us: int, kind: str | None = None,
 ) -> dict[str, Any]:
     "A record of `schema.IMPRESSIONS`; `kind` names a list that is not for a shopper."
-    asked = {"request": msgspec.structs.replace(request, user_id=None), **({"list": kind} if kind else {}), **used.features}
+    asked = {"request": msgspec.structs.replace(request, user_id=None), **({"list": kind} if kind else {}), **({"retrieved": slate.retrieved} if slate.retrieved else {}), **used.features}
     slots = [{ITEM_ID: s.item_id, SCORE: s.score, RANK: n, SOURCE: s.source, PROPENSITY: s.propensity} for n, s in enumerate(slate.slots, 1)]
     return {RECOMMENDATION_ID: id, USER_ID: user, USER_SEQ: slate.user_seq, ITEMS_VERSION: used.items_version or engine.items_version, TS: now, SURFACE: request.surface,
             SLOTS: slots, POLICY: slate.policy, TIER: slate.tier, AGE_MS: slate.age_ms, BUNDLE: engine.bundle,
@@ -71,12 +71,21 @@ def _count(worker: Worker, slate: Slate) -> None:
 _REQUEST, _BATCH = msgspec.json.Decoder(RecommendationRequest), msgspec.json.Decoder(BatchRequest)
 
 
+def _used(worker: Worker, user: str | None, slate: Slate, now: int) -> Used:
+    "The features of what is shown: those that it was ranked with, else as they are now."
+    shown = [s.item_id for s in slate.slots]
+    if slate.rows is not None:
+        try: return slate.rows.used(shown)
+        except KeyError: logger("recsys.gateway").debug("an item that was pinned was not ranked", items=len(shown))
+    return worker.features.used(user, shown, now=now)
+
+
 def _answered(worker: Worker, engine: Engine, request: RecommendationRequest, started: float) -> tuple[Recommendation, dict[str, Any]]:
     "The answer to one request, and its record."
     now, id = worker.clock(), secrets.token_hex(16)
     user = None if request.user_id is None else worker.vault.pseudonym(request.user_id)
-    slate = engine.recommend(request, _history(worker, user), now=now, seed=seed_of(id))
-    used = worker.features.used(user, [s.item_id for s in slate.slots], now=now)
+    slate = engine.recommend(request, _history(worker, user), now=now, seed=seed_of(id), features=lambda ids: worker.features.rows(user, ids, now=now))
+    used = _used(worker, user, slate, now)
     if used.missing: slate = slate.without_features()
     took = round((time.perf_counter() - started) * 1e6)
     _count(worker, slate)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..features.definitions import SERVICES
 from ..features.live import LiveFeatures
 from ..lake.eventlog import EventLog, GroupCommit, open_log
 from ..lake.vault import Vault
@@ -61,7 +62,7 @@ class Worker:
         log, gateway = open_log(home, settings), settings.gateway
         live = Live(home, log, how=How.of(settings))
         door = Door(Keys(home.keys), Audit(home.audit), Rates(home.run / "rates"), gateway.rate_per_second, gateway.rate_burst)
-        return cls(home, settings, door, Vault.open(home.keys), log, GroupCommit(log), live, LiveFeatures(home, settings),
+        return cls(home, settings, door, Vault.open(home.keys), log, GroupCommit(log), live, LiveFeatures(home, settings, service=SERVICES[settings.features.service]),
                    Pressure(target=gateway.max_wait_ms / 1000, most=gateway.max_under_way), Counts(), clock or (lambda: time.time_ns() // 1_000_000))
 
     def engine(self) -> Engine:
