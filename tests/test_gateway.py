@@ -214,13 +214,14 @@ def test_metrics_have_names_that_others_rely_on(gateway: Gateway):
 def test_the_description_is_complete_and_says_what_happens(gateway: Gateway):
     described = gateway.get("/openapi.json").json()
     assert described["openapi"].startswith("3.1") and set(described["paths"]) == {
-        "/v1/events", "/v1/recommendations", "/v1/recommendations/batch", "/v1/items/{item_id}/similar", "/v1/trending", "/v1/items", "/healthz", "/readyz", "/metrics", "/openapi.json",
+        "/v1/events", "/v1/recommendations", "/v1/recommendations/batch", "/v1/recommendations/{recommendation_id}", "/v1/items/{item_id}/similar", "/v1/trending", "/v1/items", "/healthz", "/readyz", "/metrics", "/openapi.json",
         "/docs"}
     schemas = described["components"]["schemas"]
     assert schemas["Event"]["properties"]["type"]["enum"] == sorted(EVENT_TYPES) and schemas["RecommendationRequest"]["properties"]["k"]["maximum"] == 200
     assert schemas["RecommendationRequest"]["additionalProperties"] is False
     references = re.findall(r'"\$ref": ?"#/components/schemas/(\w+)"', gateway.get("/openapi.json").text)
     assert set(references) <= set(schemas)
+    del described["paths"]["/v1/recommendations/{recommendation_id}"]  # for administrators: test_gateway_doors.py
     for template, methods in described["paths"].items():
         path = template.replace("{item_id}", "mug")
         for method, operation in methods.items():

@@ -64,6 +64,16 @@ def test_a_key_without_the_scope_leaves_a_line_for_the_auditor(gateway: Gateway)
     assert key.split("_", 2)[2] not in "".join(p.read_text() for p in gateway.home.audit.iterdir()) and all(p.stat().st_mode & 0o077 == 0 for p in gateway.home.audit.iterdir())
 
 
+def test_an_administrator_reads_a_receipt_and_it_is_on_record(gateway: Gateway):
+    key, id = made(gateway, "admin"), gateway.recommend(user_id="receipt", k=2).json()["recommendation_id"]
+    with gateway.client(headers=bearer(key)) as client:
+        found, unknown, option = (client.get(f"/v1/recommendations/{i}", timeout=60) for i in (id, "0" * 32, "--help"))
+    assert found.status_code == 200 and found.json()["recommendation_id"] == id and len(found.json()["slots"]) == 2 and "receipt" not in found.json()["user_id"]
+    assert unknown.status_code == option.status_code == 404 and unknown.json()["field"] == "recommendation_id"
+    assert gateway.get(f"/v1/recommendations/{id}").status_code == 401 and gateway.client().get(f"/v1/recommendations/{id}").status_code == 403
+    assert [line["recommendation"] for line in Audit(gateway.home.audit).read() if line["what"] == "receipt read"] == [id]
+
+
 def test_an_expired_key_is_refused(gateway: Gateway):
     key = made(gateway, "recs:read", expires_days=1e-9)  # not even a millisecond
     assert gateway.post("/v1/recommendations", {}, headers=bearer(key)).json()["rule"].endswith("this key has expired")

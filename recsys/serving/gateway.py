@@ -21,6 +21,7 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 
 from . import openapi, tls
+from .control import receipt
 from .http import HTML, Answer, App, Call, Endpoint, Front, Routes
 from .lists import recommend, recommend_batch, similar, trending
 from .near import address
@@ -49,6 +50,8 @@ OPERATIONS: tuple[tuple[Operation, Callable], ...] = (
                example="/v1/trending?k=5&in_stock=true", problems=("not-ready",)), trending),
     (Operation("PUT", "/v1/items", "Send new and changed items", {202: ItemsAnswer}, scope="items:write", body=ItemsRequest,
                example={"items": [_ITEM]}, problems=("busy", "log-unavailable")), put_items),
+    (Operation("GET", "/v1/recommendations/{recommendation_id}", "Ask what was shown, by which model, from what, and what came of it", {200: "application/json"}, scope="admin",
+               example="/v1/recommendations/0123456789abcdef0123456789abcdef", problems=("not-found", "busy", "control-unavailable")), receipt),
     (Operation("GET", "/healthz", "Whether the process answers", {200: Health}), healthz),
     (Operation("GET", "/readyz", "Whether it can recommend", {200: Health}, problems=("not-ready",)), readyz),
     (Operation("GET", "/metrics", "Measurements for Prometheus; from another machine with the scope admin", {200: "text/plain"},

@@ -109,7 +109,7 @@ def _operation(o: Operation, components: Mapping[str, Any]) -> dict[str, Any]:
 # %% ../../nbs/600_serving/640_openapi.ipynb #21ae3d53
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
 h1,h2,h3{line-height:1.2}h2{margin-top:2.5rem;border-top:1px solid #d8dee6;padding-top:1.5rem}code,pre{font:14px/1.5 ui-monospace,monospace}
-pre{background:#f3f5f8;padding:.8rem;overflow-x:auto;border-radius:6px}table{border-collapse:collapse;width:100%}
+pre{background:#f3f5f8;padding:.8rem;white-space:pre-wrap;overflow-wrap:anywhere;border-radius:6px}table{border-collapse:collapse;width:100%}
 td,th{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #e6eaef}.m{color:#fff;background:#245c9c;border-radius:4px;padding:.1rem .5rem}
 @media(prefers-color-scheme:dark){body{color:#dde4ee;background:#12161c}pre{background:#1c232d}td,th,h2{border-color:#2c3644}a{color:#8ab8f0}}"""
 CONTENT_SECURITY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -6,9 +6,10 @@
 __all__ = ['Counts', 'Worker']
 
 # %% ../../nbs/600_serving/662_worker.ipynb #926be44f
+import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..features.definitions import SERVICES
 from ..features.live import LiveFeatures
@@ -55,6 +56,7 @@ class Worker:
     pressure: Pressure
     counts: Counts
     clock: Callable[[], int]  # ms UTC
+    errands: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # of administrators, see `serving.control`
 
     @classmethod
     def open(cls, home: Home, settings: Settings, *, clock: Callable[[], int] | None = None) -> "Worker":
