@@ -81,6 +81,9 @@ class Pressure:
     ) -> str | None:
         "Why a request is turned away, or None."
         if waited < self.target: self._calm = now
+        if self.under_way <= 1:  # nobody else is here: it was the machine that was slow, and no queue
+            self._calm = now
+            return None
         if self.under_way >= self.most: return f"{self.under_way} requests are under way"
         if waited >= (self.target if now - self._calm > INTERVAL else INTERVAL): return f"requests wait for {waited * 1000:.0f} ms"
         return None
