@@ -62,11 +62,12 @@ class Gateway:
     listener: socket.socket
     environ: dict[str, str]
     workers: list[subprocess.Popen] = field(default_factory=list)
+    program: str = WORKER
 
     def start(self) -> subprocess.Popen:
         "One more worker on the shared socket."
         fd = self.listener.fileno()
-        self.workers.append(subprocess.Popen([sys.executable, "-c", WORKER, str(self.home.path), str(fd)], pass_fds=[fd], env=self.environ))
+        self.workers.append(subprocess.Popen([sys.executable, "-c", self.program, str(self.home.path), str(fd)], pass_fds=[fd], env=self.environ))
         return self.workers[-1]
 
     def client(self, **kw) -> httpx.Client:
@@ -107,7 +108,7 @@ def alive(gateway: Gateway, path: str = "/healthz") -> bool:
 
 
 @contextmanager
-def running(path: Path, *, workers: int = 1, ready: bool = True, host: str = "127.0.0.1", **settings: str) -> Iterator[Gateway]:
+def running(path: Path, *, workers: int = 1, ready: bool = True, host: str = "127.0.0.1", program: str = WORKER, **settings: str) -> Iterator[Gateway]:
     "A gateway in a new home; `settings` are RECSYS_ variables. It is stopped, and must stop cleanly unless it was killed."
     home = Home.open(path)
     if ready: champion(home)
@@ -119,7 +120,7 @@ def running(path: Path, *, workers: int = 1, ready: bool = True, host: str = "12
         "PROMETHEUS_MULTIPROC_DIR": str(home.run / "metrics"), "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
     with socket.create_server((host, 0), backlog=512) as listener:
         scheme = "https" if "RECSYS_GATEWAY_TLS_CERT" in settings else "http"
-        gateway = Gateway(home, f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", key, listener, environ)
+        gateway = Gateway(home, f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", key, listener, environ, program=program)
         try:
             for _ in range(workers): gateway.start()
             wait_for(lambda: alive(gateway))
