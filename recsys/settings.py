@@ -74,6 +74,7 @@ class Features:
     online: RedisOr
     service: Literal["ranker_v1", "retrieval_v1"]
     refresh: str
+    deadline_ms: Annotated[int, Meta(ge=1, le=10_000)]
 
 
 @dataclass(frozen=True)

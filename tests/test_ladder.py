@@ -1,14 +1,12 @@
 """The degradation ladder: every rung reached by breaking the thing under load, in a gateway that really runs; and whatever breaks, everybody gets an answer."""
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace

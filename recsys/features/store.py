@@ -100,11 +100,11 @@ def address(home: Home, online: str) -> str:
     except UnsafeAddress as e: raise StoreError(str(e)) from e
 
 # %% ../../nbs/300_features/310_store.ipynb #d3d243cb
-def config(home: Home, settings: Settings, *, reading: bool = False) -> "RepoConfig":
-    "Feast's configuration for a home. `reading`: nothing is made that is not there."
+def config(home: Home, settings: Settings, *, reading: bool = False, answering: bool = False) -> "RepoConfig":
+    "Feast's configuration for a home. `reading`: nothing is made that is not there. `answering`: someone waits, so a read has a deadline."
     online = settings.features.online
     kept = {"type": STORES["sqlite"], "path": str(home.features / ONLINE)} if online == "sqlite" else {
-        "type": STORES["redis"], "connection_string": address(home, online)}
+        "type": STORES["redis"], "connection_string": address(home, online), **({"timeout_s": settings.features.deadline_ms / 1000} if answering else {})}
     registry = {"registry_type": "sql", "path": f"sqlite:///{home.features / REGISTRY}", "cache_ttl_seconds": 0, "serve_features_while_materializing": True,
                 "schema_mode": "skip" if reading else "auto", "sqlalchemy_config_kwargs": {"echo": False, "connect_args": {"timeout": 30}}}
     made: RepoConfig = feast().RepoConfig(
@@ -195,7 +195,7 @@ def open_store(
         with turn(home, "materialize", wait=False) as ours:
             if ours: recover(home)
         _check(home)
-    opened: FeatureStore = feast().FeatureStore(config=config(home, settings, reading=True))
+    opened: FeatureStore = feast().FeatureStore(config=config(home, settings, reading=True, answering=not write))
     opened.refresh_registry()  # its cache holds what was applied, and never expires
     return opened
 
