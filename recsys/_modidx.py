@@ -2177,6 +2177,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'recsys.serving.live._Counts': ('600_serving/live.html#_counts', 'recsys/serving/live.py'),
                                      'recsys.serving.live._Counts.__init__': ( '600_serving/live.html#_counts.__init__',
                                                                                'recsys/serving/live.py'),
+                                     'recsys.serving.live._give_back': ('600_serving/live.html#_give_back', 'recsys/serving/live.py'),
                                      'recsys.serving.live._stamp': ('600_serving/live.html#_stamp', 'recsys/serving/live.py')},
             'recsys.serving.near': { 'recsys.serving.near.address': ('600_serving/near.html#address', 'recsys/serving/near.py'),
                                      'recsys.serving.near.verify': ('600_serving/near.html#verify', 'recsys/serving/near.py')},

@@ -42,12 +42,13 @@ def breakable(path, *, how):
 Engine.load = staticmethod(breakable)
 """
 PROGRAM = WORKER.replace("serve(home", BREAKABLE + "serve(home")
+PATIENT = {"RECSYS_GATEWAY_MAX_WAIT_MS": "60000"}  # a busy machine is not what is tested here
 REDIS = shutil.which("redis-server") or shutil.which("valkey-server")
 
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with running(tmp_path_factory.mktemp("ladder") / "home", program=PROGRAM) as gateway:
+    with running(tmp_path_factory.mktemp("ladder") / "home", program=PROGRAM, **PATIENT) as gateway:
         assert gateway.events({"event_id": "1", "user_id": "gus", "item_id": "mug", "type": "view"}).status_code == 202
         yield gateway
 
@@ -176,7 +177,7 @@ def test_online_features_that_hang_and_a_redis_that_is_killed(redis: tuple[subpr
     home = Home.open(tmp_path / "home")
     settings = load(home=home.path)
     open_store(home, replace(settings, features=replace(settings.features, online=redis[1])))  # features are promised
-    with running(home.path, program=PROGRAM, RECSYS_FEATURES_ONLINE=redis[1], RECSYS_EVENTLOG_URL=redis[1]) as gateway:
+    with running(home.path, program=PROGRAM, **PATIENT, RECSYS_FEATURES_ONLINE=redis[1], RECSYS_EVENTLOG_URL=redis[1]) as gateway:
         wait_for(lambda: any(line["event"] == "feature store in place" for line in gateway.log()), seconds=180)  # Feast takes its time to be imported
         assert gateway.events({"event_id": "1", "user_id": "gus", "item_id": "mug", "type": "view"}).status_code == 202
         assert tiers(load_of(gateway)) == {"full"}

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['AGAIN_SECONDS', 'ITEMS_SECONDS', 'RULES', 'Stamp', 'Live']
 
-# %% ../../nbs/600_serving/622_live.ipynb #0f32baa5
+# %% ../../nbs/600_serving/622_live.ipynb #ed9c2cc2
 import asyncio
+import ctypes
 import gc
 import os
 import threading
@@ -52,6 +53,11 @@ def _stamp(path: str | os.PathLike) -> Stamp | None:
     return at.st_mtime_ns, at.st_ino, at.st_size
 
 
+def _give_back() -> None:
+    "Return what the old engine held to the system, where the C library can."
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None: trim(0)
+
+
 class Live:
     "The engine that serves now."
 
@@ -81,7 +87,9 @@ class Live:
             pointer = current(self.registry) if self._seen else None
             if pointer is None: return ruled
             same = self.engine is not None and self.engine.bundle == pointer.bundle
-            if not same: self._place(Engine.load(self.registry / "bundles" / pointer.bundle, how=self.how))
+            if not same:
+                self._place(Engine.load(self.registry / "bundles" / pointer.bundle, how=self.how))
+                _give_back()
         except (OSError, BundleError) as e: return self._refuse(str(e)) or ruled
         self.refused = None
         return ruled or not same
