@@ -2034,8 +2034,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'recsys/serving/engine.py'),
                                        'recsys.serving.engine.FeatureRows': ( '600_serving/engine.html#featurerows',
                                                                               'recsys/serving/engine.py'),
-                                       'recsys.serving.engine.FeatureRows.item_ids': ( '600_serving/engine.html#featurerows.item_ids',
-                                                                                       'recsys/serving/engine.py'),
                                        'recsys.serving.engine.FeatureRows.missing': ( '600_serving/engine.html#featurerows.missing',
                                                                                       'recsys/serving/engine.py'),
                                        'recsys.serving.engine.FeatureRows.names': ( '600_serving/engine.html#featurerows.names',

@@ -45,8 +45,6 @@ class FeatureRows(Protocol):
     "Features of a shopper with each candidate (see `features.live`)."
 
     @property
-    def item_ids(self) -> Sequence[str]: ...  # of the candidates
-    @property
     def names(self) -> tuple[str, ...]: ...
     @property
     def values(self) -> np.ndarray: ...  # float32 [C, len(names)], NaN where there is no value
