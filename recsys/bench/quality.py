@@ -197,8 +197,9 @@ def plot(runs: Iterable[Mapping[str, Any]], file: Path, tasks: Mapping[str, Task
             axis.plot(must / best, n, "|", color="tab:orange", markersize=14), axis.plot(goal / best, n, "|", color="tab:green", markersize=14)
     for axis, name in zip(axes, ("hits", "ranking"), strict=True):
         axis.axvline(1, color="grey", linewidth=0.8)
-        axis.set(xlabel=f"{name}: multiple of the published best (orange: must, green: goal)", yticks=range(len(runs)), ylim=(-0.7, len(runs) - 0.3),
+        axis.set(title=name, yticks=range(len(runs)), ylim=(-0.7, len(runs) - 0.3),
                  yticklabels=[f"{r['task']}, {r['minutes']:g} CPU min, seed {r['seed']}" for r in runs])
+    figure.supxlabel("multiple of the published best (orange: must, green: goal)", fontsize=9)
     figure.savefig(file)
 
 # %% ../../nbs/800_bench/830_quality.ipynb #530a7672
