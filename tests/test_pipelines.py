@@ -71,6 +71,19 @@ def test_data_that_hold_only_an_order(tmp_path):
     assert {int(i[1:]) % 4 for i in slate(home, ["i1", "i5"])} == {1}
 
 
+def test_a_network_in_a_retrain_meets_the_same_gate(tmp_path):
+    "Fitted twice with the same passes, and judged against what counts, too."
+    board = checkerboard(users=240, items=60, groups=4)
+    ordered = board.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias(TS), pl.lit(True).alias(TS_IS_ORDER))
+    home = opened(tmp_path / "home", ordered.with_columns(known_ts=pl.col(TS)))
+    found = retrain(home, model="blend", epochs="1")
+    train = json.loads(next(home.work.glob("*-retrain/train.json")).read_text())
+    assert train["recipe"]["model"] == "blend" and train["epochs"] == 1 and set(found["decision"]["gains"]) == {"baseline", "counts"}
+    if not found["decision"]["promote"]: assert found["recipe"].startswith("popular") and any("than the counts" in r for r in found["reasons"])
+    parts = release.load(home.registry / "bundles" / found["bundle"]).models
+    assert list(parts)[0] == ("blend" if found["decision"]["promote"] else "popular")
+
+
 def test_a_new_shop_starts_somewhere(tmp_path):
     world = shop()
     home = opened(tmp_path / "home", world.events.head(1), world.items)
