@@ -252,7 +252,7 @@ def _moved(writer: Writer) -> None:
 
 def _settings(home: Home, plan: Plan, policy: str) -> Settings:
     loaded = load({}, home=home.path)
-    return replace(loaded, policy=replace(loaded.policy, explore=plan.explore if policy in ("retrieval", "full") else 0.0), features=replace(loaded.features, service=RANKER_V1.name),
+    return replace(loaded, policy=replace(loaded.policy, explore=plan.explore if policy in ("retrieval", "full") else 0.0), features=replace(loaded.features, service="ranker_v1"),
                    eventlog=replace(loaded.eventlog, history=1000))  # nobody's first views are forgotten, or the oracle would be held to more than the shop is
 
 
