@@ -2408,6 +2408,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'recsys.settings.Platform': ('000_core/settings.html#platform', 'recsys/settings.py'),
                                  'recsys.settings.Policy': ('000_core/settings.html#policy', 'recsys/settings.py'),
                                  'recsys.settings.Prep': ('000_core/settings.html#prep', 'recsys/settings.py'),
+                                 'recsys.settings.Ranker': ('000_core/settings.html#ranker', 'recsys/settings.py'),
                                  'recsys.settings.Settings': ('000_core/settings.html#settings', 'recsys/settings.py'),
                                  'recsys.settings.SettingsError': ('000_core/settings.html#settingserror', 'recsys/settings.py'),
                                  'recsys.settings.Traffic': ('000_core/settings.html#traffic', 'recsys/settings.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Port', 'Share', 'RedisOr', 'NOT_SETTINGS', 'Platform', 'Events', 'EventLog', 'Lake', 'Ingest', 'Writer',
-           'Prep', 'Features', 'Training', 'Gate', 'Policy', 'Engine', 'Gateway', 'Dashboard', 'Traffic', 'Flow',
-           'Settings', 'root', 'SettingsError', 'load', 'types_of', 'Home']
+           'Prep', 'Features', 'Training', 'Ranker', 'Gate', 'Policy', 'Engine', 'Gateway', 'Dashboard', 'Traffic',
+           'Flow', 'Settings', 'root', 'SettingsError', 'load', 'types_of', 'Home']
 
 # %% ../nbs/000_core/020_settings.ipynb #d4c1bcf9
 import configparser
@@ -93,6 +93,13 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Ranker:
+    objective: Literal["view", "cart", "purchase", "revenue"]
+    attribution_hours: Annotated[float, Meta(gt=0)]
+    least: Count
+
+
+@dataclass(frozen=True)
 class Gate:
     confidence: Annotated[float, Meta(gt=0.5, lt=1)]
     tolerance: Annotated[float, Meta(ge=0, lt=1)]
@@ -163,6 +170,7 @@ class Settings:
     prep: Prep
     features: Features
     training: Training
+    ranker: Ranker
     gate: Gate
     policy: Policy
     engine: Engine
