@@ -156,7 +156,7 @@ def test_feast_comes_without_torch_and_torch_can_still_come_later():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENV).stdout.strip() == "1.0"
 
 
-@pytest.mark.parametrize("first", ["recsys.features.online", "recsys.features.online_stores", "recsys.features.lake_store", "recsys.features.updater", "feast"])
+@pytest.mark.parametrize("first", ["recsys.features.online", "recsys.features.redis_store", "recsys.features.lake_store", "recsys.features.updater", "feast"])
 def test_whatever_brings_feast_in_our_own_metrics_are_still_told(first: str):
     code = f"""
 import os, sys

@@ -28,9 +28,11 @@ from redis_process import RedisProcess, tls
 
 from recsys.breaker import Breaker
 from recsys.features.definitions import RANKER_V1, TABLES, USER_CATEGORY, USER_WINDOWS, VIEWS
+from recsys.features.forget import forget
+from recsys.features.materialize import materialize
 from recsys.features.offline import build
-from recsys.features.online import Reader, _Counts, materialize, write_rows
-from recsys.features.online_stores import client_of
+from recsys.features.online import Reader, _Counts, write_rows
+from recsys.features.redis_store import client_of
 from recsys.features.store import ONLINE, REGISTRY, StoreError, open_store
 from recsys.features.updater import Updater
 from recsys.lake.redis_server import PASSWORD, UnsafeAddress
@@ -244,7 +246,7 @@ import sys
 from pathlib import Path
 from dataclasses import replace
 from recsys.features.definitions import TABLES
-from recsys.features.online import materialize
+from recsys.features.materialize import materialize
 from recsys.features.store import open_store
 from recsys.lake.redis_server import PASSWORD, UnsafeAddress
 from recsys.lake.tables import Lake
@@ -290,6 +292,38 @@ def test_reads_never_fail_while_a_view_materialises_nor_after_it_was_killed(plac
             assert reader.user("u1", now=T0 + DAY).user_seq is not None
     healed = open_store(home, settings)  # a writer takes the mark back
     assert healed.registry.get_feature_view("user_windows", "recsys").state == FeatureViewState.AVAILABLE_ONLINE
+
+
+# --- a shopper who is forgotten
+
+def pair_row(user: str, category: str) -> pl.DataFrame:
+    return pl.DataFrame([{**{f.name: f.default for f in USER_CATEGORY.features}, USER_ID: user, CATEGORY: category, TS: T0}], schema=USER_CATEGORY.table)
+
+
+def test_a_shopper_is_forgotten_and_nobody_else(place):
+    home, settings = place
+    store = open_store(home, settings)
+    users = ["5e1f" * 8, "a" + "5e1f" * 8, "5e1f" * 7 + "5e1e"]
+    for user in users:
+        write_rows(store, USER_WINDOWS, user_row(user, T0, user_views_1d=3))
+        write_rows(store, USER_CATEGORY, pl.concat([pair_row(user, c) for c in ("home/tea", users[0], "ü")]))
+    reader = Reader(store, RANKER_V1)
+    others = [reader.user(u, now=T0, categories=["home/tea", users[0]]) for u in users[1:]]
+    assert forget(store, users[0]) == 4 and forget(store, users[0]) == 0 and forget(store, "nobody") == 0
+    gone = reader.user(users[0], now=T0, categories=["home/tea", users[0], "ü"])
+    assert gone.user_seq is None and all(row["user_category_age_ms"] is None for row in gone.categories.values())
+    assert [reader.user(u, now=T0, categories=["home/tea", users[0]]) for u in users[1:]] == others
+    assert forget(store, users[1]) == 4
+    if settings.features.online == "sqlite":  # nothing of the name is left in the files
+        for file in home.features.glob("online.sqlite*"): assert users[1].encode() not in file.read_bytes()
+
+
+def test_a_row_that_comes_back_is_told(place, monkeypatch: pytest.MonkeyPatch):
+    home, settings = place
+    store = open_store(home, settings)
+    write_rows(store, USER_WINDOWS, user_row("ann", T0))
+    monkeypatch.setattr(type(store._get_provider().online_store), "drop", lambda *_: None)
+    with pytest.raises(StoreError, match="let the writer follow"): forget(store, "ann")
 
 
 # --- what comes in wrong

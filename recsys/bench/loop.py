@@ -28,7 +28,7 @@ from .harness import BenchError
 from ..features import offline
 from ..features.definitions import RANKER_V1, TABLES
 from ..features.live import packed
-from ..features.online import materialize
+from ..features.materialize import materialize
 from ..features.store import ITEMS, OFFLINE, open_store
 from ..features.updater import Updater
 from ..lake.eventlog import EventLog, open_log

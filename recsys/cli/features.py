@@ -62,7 +62,7 @@ def features_materialize(
         from recsys.features import offline
         from recsys.features.definitions import SERVICES, TABLES
         from recsys.features.live import packed
-        from recsys.features.online import materialize
+        from recsys.features.materialize import materialize
         from recsys.features.store import ITEMS, OFFLINE, open_store, turn
         from recsys.lake.tables import Lake
         place, loaded = opened(home)

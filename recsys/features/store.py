@@ -85,8 +85,8 @@ def objects() -> dict[str, Any]:
 
 # %% ../../nbs/300_features/310_store.ipynb #7e458016
 REGISTRY, ONLINE, OFFLINE, ITEMS = "registry.sqlite", "online.sqlite", "offline", "items"  # below `home.features`
-STORES = {"offline": "recsys.features.lake_store.LakeOfflineStore", "sqlite": "recsys.features.online_stores.LatestSqliteOnlineStore",
-          "redis": "recsys.features.online_stores.LatestRedisOnlineStore"}
+STORES = {"offline": "recsys.features.lake_store.LakeOfflineStore", "sqlite": "recsys.features.sqlite_store.LatestSqliteOnlineStore",
+          "redis": "recsys.features.redis_store.LatestRedisOnlineStore"}
 
 
 class StoreError(RuntimeError):
