@@ -26,7 +26,9 @@ print('{{"rows": 1, "steps": {{}}}}')
 """
 
 
-PEERS = {"events.py": "c0913be71cde82df", "prep_check.py": "2d7ec85ddcc47f9e", "prep_duckdb.py": "c1393f90ab4544b8", "prep_pandas.py": "1e5cf23a5506fa17", "train_plain.py": "c0d2ae1b7be0f238"}  # figures of different days can be compared
+PEERS = {"events.py": "c0913be71cde82df", "load.py": "d8933640b1d10968", "prep_check.py": "2d7ec85ddcc47f9e", "prep_duckdb.py": "c1393f90ab4544b8", "prep_pandas.py": "1e5cf23a5506fa17",
+         "serve_api.py": "9995eb72337f863b", "serve_fastapi_onnx_faiss.py": "f8955d90d893a065", "serve_fastapi_torch.py": "5e618397853fdf34",
+         "train_plain.py": "c0d2ae1b7be0f238"}  # figures of different days can be compared
 
 
 def python(code: str) -> list[str]: return [sys.executable, "-c", code]

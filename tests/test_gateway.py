@@ -20,7 +20,7 @@ from recsys.models.bundle import promote
 from recsys.schema import EVENT_TYPES
 from recsys.serving.auth import Keys
 from recsys.serving.client import Client, Refusal
-from recsys.serving.engine import Live
+from recsys.serving.live import Live
 from recsys.serving.openapi import Operation
 from recsys.serving.problems import PROBLEMS
 

@@ -1,6 +1,9 @@
 """What `recsys up` does before it starts: which home, which shop, what it refuses."""
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -77,3 +80,36 @@ def test_a_full_disk_is_said_in_one_line(here: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(platform, "LEAST_FREE_MB", 10**9)
     home = Home.open(here / "home")
     with pytest.raises(PlatformError, match=r"MB of disk left.*--home"): platform.preflight(home, load(home=home.path))
+
+
+def test_a_process_that_is_told_again_and_again_stops():
+    code = "from recsys.ops.supervise import told_to_stop; stop = told_to_stop(); print('up', flush=True)\nwhile not stop.wait(1e-4): pass"
+    for _ in range(3):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout and child.stdout.readline() == "up\n"
+            for n in range(200):
+                if child.poll() is None: child.send_signal((signal.SIGTERM, signal.SIGINT)[n % 2])
+            assert child.wait(60) in (0, -signal.SIGINT, -signal.SIGTERM)  # the latter where one comes while the interpreter ends
+
+
+LOUD = "import os, sys, time; print(f'last words of {os.getpid()}', flush=True); os.write(2, b'x' * 5000); time.sleep(0.3); os.kill(os.getpid(), 9)"
+SUPERVISED = """
+import sys, threading, os, signal, pathlib
+from recsys.ops import supervise
+died = set()
+def notice(what, name, pid):
+    if what == "ended" and len(died | {pid}) > len(died):
+        died.add(pid)
+        if len(died) >= 12: os.kill(os.getpid(), signal.SIGTERM)
+supervise.run([supervise.Process(n, [sys.executable, "-c", sys.argv[2]]) for n in ("a", "b", "c")], host="127.0.0.1", port=0, logs=pathlib.Path(sys.argv[1]), notice=notice)
+print(*died)
+"""
+
+
+def test_the_last_words_of_what_dies_are_kept_and_it_comes_back(tmp_path: Path):
+    "Three processes that die all the time: their pipes' numbers are used again and again, and circus must not take a new one for an old one."
+    done = subprocess.run([sys.executable, "-c", SUPERVISED, tmp_path, LOUD], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = "".join(path.read_text() for path in tmp_path.glob("[abc].log*"))
+    assert all(f"last words of {pid}" in said for pid in done.stdout.split()) and len(done.stdout.split()) >= 12
+    assert "added twice" not in done.stderr and not [p for p in tmp_path.glob("supervisor.log") if "added twice" in p.read_text()]

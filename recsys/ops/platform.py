@@ -200,8 +200,7 @@ def work(name: str, home: Home, settings: Settings, *, fd: int | None = None) ->
     if name == "dashboard":
         argv, env = pages.command(home, settings)
         os.execve(argv[0], argv, {**os.environ, **env})  # noqa: S606  our own command line, no shell
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: stop.set())
+    stop = supervise.told_to_stop()
     if name == "writer":
         Writer(open_log(home, settings), Lake(home.lake), interval_ms=settings.writer.interval_ms, batch_rows=settings.writer.batch_rows,
                compact_every=settings.writer.compact_every, keep_days=settings.eventlog.keep_days, quarantine_days=settings.lake.quarantine_days,
