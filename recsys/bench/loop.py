@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -235,7 +235,8 @@ def run(policy: str, seed: int, plan: Plan, folder: str | Path, progress: Callab
         _moved(writer)
         nights.append({"day": number - plan.before, **night(home, settings, policy, now=clock.now, seed=seed)})
         if featured: items_anew(home, now=clock.now)
-        asyncio.run(day(create_app(home, settings, clock=clock), key, watch, clock, number, seed=seed, each=lambda: _moved(writer), every_ms=plan.refresh_hours * 3_600_000))
+        playing = day(create_app(home, settings, clock=clock), key, watch, clock, number, seed=seed, each=lambda: _moved(writer), every_ms=plan.refresh_hours * 3_600_000)
+        with ThreadPoolExecutor(1) as apart: apart.submit(asyncio.run, playing).result()  # a notebook has a loop of its own
         _moved(writer)
         if progress: progress((number - plan.before + 1) / plan.days)
     log.close()
