@@ -48,12 +48,11 @@ from ..schema import ITEM_ID, ITEMS as ITEM_COLUMNS, TS, USER_ID
 from ..serving.auth import Keys
 from ..serving.gateway import create_app
 from ..settings import Home, Settings, load
-from ..simulator import World, sessions, slate_weights
+from ..simulator import Size, World, sessions, slate_weights
 from ..synth import DAY, T0
 from ..telemetry import configure
 from ..training.feedback import gather
 from ..training.metrics import Interval
-from ..truth import Size
 
 # %% ../../nbs/800_bench/850_loop.ipynb #9f8441b0
 POLICIES = ("random", "popular", "covisit", "retrieval", "full")
