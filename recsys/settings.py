@@ -76,7 +76,7 @@ class Features:
     refresh: str
     deadline_ms: Annotated[int, Meta(ge=1, le=10_000)]
 
-
+# %% ../nbs/000_core/020_settings.ipynb #f56d7cc4
 @dataclass(frozen=True)
 class Training:
     model: Literal["popular", "covisit", "sequential", "blend", "best"]
@@ -98,7 +98,7 @@ class Ranker:
     attribution_hours: Annotated[float, Meta(gt=0)]
     least: Count
 
-
+# %% ../nbs/000_core/020_settings.ipynb #0581fddf
 @dataclass(frozen=True)
 class Gate:
     confidence: Annotated[float, Meta(gt=0.5, lt=1)]
@@ -120,7 +120,7 @@ class Engine:
     candidates: Annotated[int, Meta(ge=1, le=500)]
     beside: Annotated[int, Meta(ge=0, le=100)]
 
-
+# %% ../nbs/000_core/020_settings.ipynb #fff46458
 @dataclass(frozen=True)
 class Gateway:
     host: str

@@ -56,7 +56,7 @@ def clicked(server: Server, users: Sequence[str], *, per_second: float, seconds:
     "p99 (`value`) and p50 in ms of a click and the list after it; `late` lists that still showed the item. Raises BenchError for a refusal."
     return asyncio.run(_clicked(server, users, per_second, seconds, connections))
 
-
+# %% ../../nbs/800_bench/875_clicks.ipynb #364d8f1e
 async def _clicked(server: Server, users: Sequence[str], per_second: float, seconds: float, connections: int) -> dict[str, Any]:
     free: asyncio.Queue[Wire] = asyncio.Queue()
     for _ in range(connections): free.put_nowait(await Wire(server).open())

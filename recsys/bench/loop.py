@@ -173,7 +173,7 @@ def _begun(world: World, day: int, seed: int, clock: Clock) -> list[Step]:
         out.append((at, n, steps, next(steps)))
     return out
 
-
+# %% ../../nbs/800_bench/850_loop.ipynb #888e9fdf
 async def day(app: Any, key: str, watch: Watch, clock: Clock, number: int, *, seed: int, each: Callable[[], object], every_ms: int) -> None:
     "Shoppers of one day through the gateway; `each` is called after every so many ms of the shop's time."
     due = _begun(watch.world, number, seed, clock)
@@ -192,7 +192,7 @@ async def day(app: Any, key: str, watch: Watch, clock: Clock, number: int, *, se
                 try: heapq.heappush(due, (at + pause, n, steps, steps.send(answer)))
                 except StopIteration: continue
 
-
+# %% ../../nbs/800_bench/850_loop.ipynb #962f99fd
 async def _play(client: httpx.AsyncClient, watch: Watch, step: float | Ask | Tell, clock: Clock) -> tuple[Answer | None, int]:
     "One step of a visit: the answer to an `Ask`, and how long it takes (ms)."
     if isinstance(step, float): return None, int(step * 1000)
@@ -243,7 +243,7 @@ def run(policy: str, seed: int, plan: Plan, folder: str | Path, progress: Callab
     return {"policy": policy, "seed": seed, "asked": [asdict(a) for a in watch.asked], "nights": nights, "cpu_s": round(time.process_time() - began, 1),
             "new_shoppers": np.flatnonzero(new).tolist()}
 
-
+# %% ../../nbs/800_bench/850_loop.ipynb #d1436c1c
 def _moved(writer: Writer) -> None:
     while True:
         done = writer.step()
@@ -268,7 +268,7 @@ def _fill(home: Home, settings: Settings, log: EventLog, watch: Watch, clock: Cl
         for file, format in zip(files, ("items", "parquet"), strict=True):
             ingest(file, format, lake=Lake(home.lake), vault=Vault.open(home.keys), log=log, now=clock.now, history=settings.eventlog.history, context=settings.events.context)
 
-
+# %% ../../nbs/800_bench/850_loop.ipynb #3a4a905e
 def _stocked(home: Home, world: World, number: int) -> None:
     "What is launched, sold out or back today."
     start = world.start_ms + number * DAY
@@ -301,7 +301,7 @@ def gain(runs: Sequence[Mapping[str, Any]], policy: str, over: str, *, rounds: i
     low, high = np.nanquantile(ratio(drawn @ table), (0.025, 0.975))
     return Interval(float(ratio(table.sum(0))), float(low), float(high))
 
-
+# %% ../../nbs/800_bench/850_loop.ipynb #41e14b04
 def report(runs: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:
     "Shares by policy: of all days, of the last three, day by day, of new items and of new shoppers; and what `full` gains."
     policies, seeds = [p for p in POLICIES if any(r["policy"] == p for r in runs)], sorted({r["seed"] for r in runs})
@@ -321,7 +321,7 @@ def lines(said: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"policy": p, **{k: round(v, 3) if isinstance(v, float) else v for k, v in s.items()}, "first_day": said["by_day"][p][0], "last_day": said["by_day"][p][-1]}
             for p, s in said["shares"].items()]
 
-
+# %% ../../nbs/800_bench/850_loop.ipynb #bac8737d
 def keep(said: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     "The figures as JSON and a plot, in a folder."
     import matplotlib.pyplot as plt

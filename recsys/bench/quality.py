@@ -109,7 +109,7 @@ def judged(out: Path, task: Task, data: Path, *, seed: int = 0) -> Evaluation:
     model: Model = recipes.whole(found.models)
     return evaluate(model, cases(task, data, found.vocab), k=task.k, seed=seed, hide_seen=task.protocol == "loo")
 
-
+# %% ../../nbs/800_bench/830_quality.ipynb #496baaaa
 def one(
     task: Task,
     *,

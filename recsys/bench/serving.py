@@ -212,7 +212,7 @@ def serving(root: Path, work: Path, *, sizes: Sizes = Sizes(), seed: int = 1, pr
     shutil.rmtree(work / "homes")
     return {**summary(runs, rows), "rows": rows, "runs": runs | more, "index": dict(shop.report), "sizes": asdict(sizes), "seed": seed, "machine": about()}
 
-
+# %% ../../nbs/800_bench/880_serving.ipynb #496001be
 def _rows(servers: Mapping[str, Server], shop: Shop, script: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], sizes: Sizes, step: Step) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     quick, full = servers["retrieval"], servers["full"]
     rps, more = {name: statistics.median(r["rps"] for r in of) for name, of in runs.items()}, {}
@@ -264,7 +264,7 @@ def lines(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return contend + [{"": r["name"], "value": "" if r["value"] is None else f"{r['value']:,.3f}".rstrip("0").rstrip(".") + f" {r['unit']}", "limit": r["limit"], "held": "yes" if r["held"] else "NO",
                        "more": ", ".join(f"{k} {short(r[k])}" for k in extra if r.get(k) not in (None, {}))} for r in report["rows"]]
 
-
+# %% ../../nbs/800_bench/880_serving.ipynb #5c15bcb5
 def plot(report: Mapping[str, Any], file: Path) -> None:
     "Requests a second, and the CPU time of one."
     names = list(report["rps"])

@@ -142,7 +142,7 @@ class Server:
     key: str
     pids: tuple[int, ...]
 
-
+# %% ../../nbs/800_bench/870_serving_shop.ipynb #26dcffd3
 @contextmanager
 def _stopped(children: Sequence[subprocess.Popen]) -> Iterator[None]:
     try: yield

@@ -95,7 +95,7 @@ def tracking(home: Home) -> Check:
     wrong = registry.disagreement(home.registry)
     return Check("tracking", "bad", wrong) if wrong else Check("tracking", "ok", f"MLflow's champion is the one that is served; runs are in {registry.folder(home.registry)}")
 
-
+# %% ../../nbs/900_cli/900_doctor.ipynb #b1cdd51c
 def features(home: Home, settings: Settings) -> Check:
     "The feature store: is its registry of this release, what is in the offline tables, does the online store answer?"
     try: made, url = registered(home), address(home, settings.features.online)
@@ -119,7 +119,7 @@ def gateway(home: Home, settings: Settings) -> Check:
     except httpx.HTTPError: return Check("gateway", "note", f"nobody answers at {url}: recsys up")
     return Check("gateway", "ok" if answer.status_code == 200 else "bad", f"{url}/readyz answers {answer.status_code}")
 
-
+# %% ../../nbs/900_cli/900_doctor.ipynb #4a02db8c
 def examine(home: Home, settings: Settings) -> list[Check]:
     "All checks."
     return [*installed(), engine(settings), *at_home(home), features(home, settings), champion(home), tracking(home), gateway(home, settings)]

@@ -214,7 +214,7 @@ def models_rollback(home: HomeOption = None, json: JsonOption = False) -> None:
         now = registry.rollback(opened(home)[0].registry, reason="recsys models rollback")
     tell({"champion": now.bundle, "reason": now.reason}, json=json, text=f"champion: {now.bundle}")
 
-
+# %% ../../nbs/900_cli/990_main.ipynb #a4922924
 @models_app.command("promote", epilog="Example: recsys models promote 3f0c... --reason 'the gate was too strict'")
 def models_promote(bundle_id: str, reason: Annotated[str, typer.Option(help="Kept in the registry's history.")], home: HomeOption = None, json: JsonOption = False) -> None:
     "Make a bundle champion past the gate, by hand; the reason is kept."
@@ -256,7 +256,7 @@ def keys_create(
         Audit(place.audit).note("key created", key=made.id, name=name, scopes=wanted, expires=made.expires, rate=rate)
     tell({"key": key, "id": made.id, "scopes": wanted, "expires": made.expires, "rate": rate}, json=json, text=f"{key}\n  shown once: keep it where the shop keeps its secrets")
 
-
+# %% ../../nbs/900_cli/990_main.ipynb #59e1a66d
 @keys_app.command("list", epilog="Example: recsys keys list")
 def keys_list(home: HomeOption = None, json: JsonOption = False) -> None:
     "The keys without their secrets."
@@ -278,7 +278,7 @@ def keys_revoke(key_id: str, home: HomeOption = None, json: JsonOption = False) 
         Audit(place.audit).note("key revoked", key=ended.id, name=ended.name)
     tell({"revoked": ended.id}, json=json, text=f"revoked {ended.id}")
 
-
+# %% ../../nbs/900_cli/990_main.ipynb #906c0f8e
 @keys_app.command("tls", epilog="Example: recsys keys tls --name shop.local")
 def keys_tls(
     name: Annotated[list[str] | None, typer.Option("--name", help="A host name or address beside localhost; may be given several times.")] = None,

@@ -49,7 +49,7 @@ def fitted(
     if os.environ.get("RANK", "0") != "0": return {}
     return _written(corpus, held, recipe, parts, Path(out), now, refit, seed)
 
-
+# %% ../../nbs/900_cli/960_train.ipynb #f4a82b03
 def _written(corpus: Any, held: Any, recipe: Any, parts: dict[str, Any], out: Path, now: int, refit: bool, seed: int) -> dict[str, Any]:
     "The bundle, and what is to be said of it."
     from recsys.models import bundle, choice, recipes, release
@@ -95,7 +95,7 @@ def train(
     tell(done, json=json, text=f"{run['epochs']:.1f} epochs in {run['seconds']:.0f} s ({run['cpu_seconds']:.0f} CPU s), loss {run['loss']:.4f}, {run['rate']:,.0f} tokens/s "
                                f"by {run['world']} in {run['dtype']}, {100 * run['data_share']:.1f} % of it waiting for data: {out}")
 
-
+# %% ../../nbs/900_cli/960_train.ipynb #6bc6123b
 def _options(texts: list[str]) -> dict[str, Any]:
     "`dim=64` as a value of JSON, or as text. Raises ValueError."
     out = {}

@@ -53,7 +53,7 @@ DAY = 86_400_000
 EVENT_TIMESTAMP, CREATED = "event_timestamp", "created"  # what Feast calls a row's two times: here both are `ts`
 ENTITIES: dict[str, str] = {"user": USER_ID, "item": ITEM_ID, "category": CATEGORY}  # Feast's names, and the columns that name one
 
-
+# %% ../../nbs/300_features/300_definitions.ipynb #d6e9e6c5
 @dataclass(frozen=True)
 class View:
     "Rows of features by key and time. The windows say what `prep.windows` is asked for; a view of the catalogue has none."

@@ -29,7 +29,7 @@ class Mismatch:
 
     def __str__(self) -> str: return f"{self.feature} of {self.entity}: served {self.served}, but {self.lake} by the lake up to {self.mark} ({self.recommendation_id})"
 
-
+# %% ../../nbs/300_features/348_differences.ipynb #2faba47f
 @dataclass(frozen=True)
 class Parity:
     "What a check found."

@@ -174,7 +174,7 @@ def pack(
     _tidy(place, layout.service)
     return version
 
-
+# %% ../../nbs/300_features/340_items.ipynb #3c3048f0
 def _publish(root: Path, version: Version, save: Any) -> None:
     "Make a version's folder at once; another process may have made the same."
     aside = Path(tempfile.mkdtemp(prefix=".making-", dir=root))

@@ -40,7 +40,7 @@ class Used:
     items_version: str | None = None  # of the item matrix
     missing: bool = False  # features of the shopper were promised and could not be read
 
-
+# %% ../../nbs/300_features/380_live.ipynb #347a2226
 @dataclass(frozen=True, eq=False)
 class Known:
     "What is known of a shopper and of some candidates at one moment."
@@ -85,7 +85,7 @@ def _open(home: Home, settings: Settings, service: Service) -> "Reader":
     reader: Reader = importlib.import_module("recsys.features.online").Reader(store, service)
     return reader
 
-
+# %% ../../nbs/300_features/380_live.ipynb #519cb5b2
 class LiveFeatures:
     "Item matrix and shoppers' rows of one worker. `refresh` may take seconds and belongs in a thread; `rows` answers in less than a millisecond."
 
@@ -128,7 +128,7 @@ class LiveFeatures:
         "`rows` and `used` in one, for an answer whose slots are chosen already."
         return self.rows(user_id, item_ids, now=now).used(item_ids)
 
-
+# %% ../../nbs/300_features/380_live.ipynb #8f2a57c5
 def _of_items(inputs: Inputs, items: Items | None, item_ids: Sequence[str], now: int) -> Known:
     "Without the shopper. A matrix that another release made is none: the next materialisation brings a new one."
     if items is None or items.layout.features != inputs.layout.features: return Known(inputs, item_ids)

@@ -86,7 +86,7 @@ def materialize(
             logger("recsys.features").info("view materialised", view=name, rows=count, seconds=out[-1].seconds)
     return out
 
-
+# %% ../../nbs/300_features/335_materialize.ipynb #2ac971e1
 def _utc(at: int) -> datetime: return datetime.fromtimestamp(at / 1000, UTC)
 
 

@@ -68,7 +68,7 @@ def _mapped(folder: Path, *, verify: bool) -> tuple[dict[str, Any], list[np.ndar
             raise ItemsError(f"{folder}/{name}: is not what was written; remove the folder and pack the items again")
     return about, list(parts.values())
 
-
+# %% ../../nbs/300_features/342_matrix.ipynb #420e6959
 class Items:
     "One version, mapped and never changed. Any number of processes share its pages."
 

@@ -29,7 +29,7 @@ CHUNKS = 200  # appended parts before the memory is made one piece
 
 def _own() -> pl.Expr: return pl.min_horizontal(TS, KNOWN_TS)
 
-
+# %% ../../nbs/300_features/385_memory.ipynb #63886411
 class Memory:
     "Events of shoppers that count in a row that is not too old."
 

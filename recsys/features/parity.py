@@ -46,7 +46,7 @@ def _mark(row: Row, name: str) -> int:
     mark = row.get(name)
     return mark if isinstance(mark, int) and 0 <= mark < 1 << 62 else 0
 
-
+# %% ../../nbs/300_features/350_parity.ipynb #e706b785
 @dataclass(frozen=True)
 class _Shopper:
     "A row of a shopper, or of a shopper and a category, that was served."
@@ -76,7 +76,7 @@ class Scannable(Protocol):
 
     def scan(self, table: str) -> pl.LazyFrame: ...
 
-
+# %% ../../nbs/300_features/350_parity.ipynb #62ddcbf5
 @dataclass(frozen=True)
 class _Served:
     "An impression with features."
@@ -98,7 +98,7 @@ class _Served:
         shown = dict.fromkeys(c for row in self.items.values() if (c := row.get(CATEGORY)) is not None)
         return [_Shopper(self.id, (self.user, str(c)), self.pairs.get(str(c), {}), view, names, self.now) for c in shown]
 
-
+# %% ../../nbs/300_features/350_parity.ipynb #19b62a65
 def _read(impressions: pl.DataFrame, count: Count) -> list[_Served]:
     "Those that can be compared; the others are counted."
     out = []
@@ -149,7 +149,7 @@ def _by_version(served: Sequence[_Served], count: Count | None = None) -> dict[V
             if count is not None: count.skipped[f"items_version {s.version or ''!r} names no time"] += 1
     return out
 
-
+# %% ../../nbs/300_features/350_parity.ipynb #d7f26294
 def _item_expected(service: Service, windows: Row | None, entry: Row | None, now: int) -> Row:
     shown: Row = {}
     for view, row in ((ITEM_WINDOWS, windows), (ITEM_CATALOGUE, entry)): shown |= _laid(service, view, row, now)
@@ -163,7 +163,7 @@ def _laid(service: Service, view: View, row: Row | None, now: int) -> Row:
     names = [n for n, source in zip(laid.features, laid.source, strict=True) if source == view.name]
     return {n: single(v) if n in names else v for n, v in served_row(view, row, now, names).items()} if names else {}
 
-
+# %% ../../nbs/300_features/350_parity.ipynb #fe947e42
 def _at(entries: Sequence[Row], row: Row, version: Version, now: int, count: Count) -> Row | None:
     """What the catalogue had for an item as of the version. A catalogue does not say when it learned a row: one for an earlier time may come later. So an
     older entry, if it is one, passes, and is counted."""

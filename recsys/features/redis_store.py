@@ -38,7 +38,7 @@ class LatestRedisOnlineStoreConfig(RedisOnlineStoreConfig):
     type: Literal["recsys.features.redis_store.LatestRedisOnlineStore"] = "recsys.features.redis_store.LatestRedisOnlineStore"  # type: ignore[assignment]
     timeout_s: float = 1.0  # of a command and of connecting
 
-
+# %% ../../nbs/300_features/365_redis_store.ipynb #801ba80e
 class LatestRedisOnlineStore(RedisOnlineStore):
     "Feast's hashes, in which the newest row stays. `connection_string` may be a URL."
 
@@ -69,5 +69,5 @@ class LatestRedisOnlineStore(RedisOnlineStore):
         "Delete whole entities."
         if keys: self._get_client(config.online_store).delete(*keys)
 
-
+# %% ../../nbs/300_features/365_redis_store.ipynb #71cf8c7b
 def _proto(at: int) -> bytes: return Timestamp(seconds=at // 1000, nanos=at % 1000 * 1_000_000).SerializeToString()

@@ -62,7 +62,7 @@ def _table(config: RepoConfig, view: FeatureView) -> str:
     name = compute_table_id(config.project, view, config.registry.enable_online_feature_view_versioning)
     return '"' + name.replace('"', '""') + '"'
 
-
+# %% ../../nbs/300_features/360_sqlite_store.ipynb #87a4d95d
 def _cells(rows: Sequence[Row], version: int) -> Iterator[tuple[bytes, str, bytes, int, int]]:
     "One for each value of each row."
     encoded: dict[int, bytes] = {}
@@ -87,7 +87,7 @@ def _put(connection: sqlite3.Connection, sql: str, cells: Iterator[tuple[Any, ..
 class LatestSqliteOnlineStoreConfig(SqliteOnlineStoreConfig):
     type: Literal["recsys.features.sqlite_store.LatestSqliteOnlineStore"] = "recsys.features.sqlite_store.LatestSqliteOnlineStore"  # type: ignore[assignment]
 
-
+# %% ../../nbs/300_features/360_sqlite_store.ipynb #6ac22467
 class LatestSqliteOnlineStore(SqliteOnlineStore):
     "Feast's tables in WAL mode, a connection a thread."
 
@@ -126,7 +126,7 @@ class LatestSqliteOnlineStore(SqliteOnlineStore):
         _put(self._get_conn(config), _DELETE.format(_table(config, table)), iter([(k,) for k in keys]))
         self._get_conn(config).execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-
+# %% ../../nbs/300_features/360_sqlite_store.ipynb #3f91975a
 def _rows(connection: sqlite3.Connection, table: str, keys: Sequence[bytes], names: Sequence[str], width: int) -> dict[bytes, tuple[int, dict[str, Value]]]:
     "By key, the time of the row (ms) and the values of these names."
     sql, wanted = _SELECT.format(table, ",".join("?" * len(keys))), frozenset(names)

@@ -156,7 +156,7 @@ def _note(note: Path, version: int) -> None:
     aside.write_text(json.dumps({"version": version}))
     aside.replace(note)
 
-
+# %% ../../nbs/300_features/390_updater.ipynb #9b42596a
 class Updater(_Followed):
     "Keeps the online rows of shoppers a step behind the lake. For one process, the writer's."
 

@@ -190,7 +190,7 @@ def continue_numbers(lake: Lake, log: EventLog) -> None:
     greatest = lake.scan("events").select(pl.col(SEQ).max()).collect().item()
     if greatest: log.start_above(greatest)
 
-
+# %% ../../nbs/100_lake/180_ingest.ipynb #b3947306
 def ingest(
     path: str | Path,  # a file, a named pipe, or "-"
     format: str,  # a name of `formats.FORMATS`
@@ -217,7 +217,7 @@ def ingest(
     if log is not None: seed(lake, log, run.users, history=history)
     return replace(run.report, seconds=time.monotonic() - start)
 
-
+# %% ../../nbs/100_lake/180_ingest.ipynb #659b2958
 def seed(lake: Lake, log: EventLog, users: Iterable[str], *, history: int = 200, at_once: int = 50_000) -> int:
     "Give the event log the latest events of these users (pseudonyms), as the lake has them. Returns the number of users."
     names = pl.Series(USER_ID, users, dtype=pl.String).sort()

@@ -68,7 +68,7 @@ def failed(where: str, error: Exception) -> EventLogError:
 # %% ../../nbs/100_lake/134_redis_server.ipynb #244d6cbf
 Command = tuple[Any, ...]  # its words: bytes, text or numbers
 
-
+# %% ../../nbs/100_lake/134_redis_server.ipynb #bf96aa1f
 class Server:
     "A Redis for this process's threads. `greet` is called with each new connection, and may refuse it by raising EventLogError."
 

@@ -63,7 +63,7 @@ def _number(connection: sqlite3.Connection, number: int) -> None:
     if connection.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'events'", (number,)).rowcount: return
     connection.execute("INSERT INTO sqlite_sequence(name, seq) VALUES ('events', ?)", (number,))
 
-
+# %% ../../nbs/100_lake/132_sqlite_log.ipynb #0710b881
 class _Intake:
     "What goes into a log: a database for each stream."
 

@@ -178,7 +178,7 @@ class _Reading(_Tables):
 # %% ../../nbs/100_lake/120_tables.ipynb #2ec515de
 KEEPING = ("OPTIMIZE", "VACUUM START", "VACUUM END")  # what `compact` does: rows stay what they are
 
-
+# %% ../../nbs/100_lake/120_tables.ipynb #54dcaddb
 class _Derived(_Reading):
     "Replacing, and what has changed."
 

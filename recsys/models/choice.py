@@ -194,7 +194,7 @@ def _judged(recipe: Recipe, parts: dict[str, Model], question: Question, seconds
 # %% ../../nbs/500_models/575_choice.ipynb #ee9e1336
 MEMBERS = 3
 
-
+# %% ../../nbs/500_models/575_choice.ipynb #f8b1d8b3
 def best(
     which: str,  # a kind, or `best`
     question: Question,
@@ -224,7 +224,7 @@ def best(
     if near and len(question.cases): found.append(_blended(nets, near, heard, question, progress))
     return _chosen([c for c in found if which in ("best", c.recipe.model)], found)
 
-
+# %% ../../nbs/500_models/575_choice.ipynb #fd1d12fd
 def _chosen(allowed: list[Choice], found: list[Choice]) -> Choice:
     "The first of the best, which is the plainest, with what all did. Where nothing was asked, the last one."
     best = max(allowed, key=_score) if all(c.evaluation for c in allowed) else allowed[-1]

@@ -41,7 +41,7 @@ class Report:
 FILE = "index.faiss"
 NONE = np.empty(0, np.int32)
 
-
+# %% ../../nbs/500_models/544_index.ipynb #dc943325
 @dataclass(frozen=True, eq=False)
 class Index:
     "The rows of a table by their product with a state. Safe to ask from several threads."

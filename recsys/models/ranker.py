@@ -44,7 +44,7 @@ class Asked(Protocol):
     @property
     def now(self) -> int: ...
 
-
+# %% ../../nbs/500_models/574_ranker.ipynb #389402a2
 class Found(Protocol):
     "What is read of candidates: C of them, best first."
 

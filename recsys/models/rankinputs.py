@@ -87,7 +87,7 @@ def _share(codes: np.ndarray, met: np.ndarray, weight: np.ndarray, at: np.ndarra
 # %% ../../nbs/500_models/572_rankinputs.ipynb #84e5b6ae
 _EDGE = 4.0  # standard deviations beyond which an input says no more
 
-
+# %% ../../nbs/500_models/572_rankinputs.ipynb #8c39b9bc
 @dataclass(frozen=True, eq=False)
 class Scales:
     "Centre and spread of every input, as of a training set."
@@ -117,7 +117,7 @@ class Scales:
         "float32 [C, F] from `raw_inputs`: centred, scaled, cut off at the edge; no value is the middle."
         return np.nan_to_num(np.clip((raw - self.centre) / self.spread, -_EDGE, _EDGE), nan=0.0).astype(np.float32)
 
-
+# %% ../../nbs/500_models/572_rankinputs.ipynb #831f2b40
 def names(features: Sequence[str], sources: Sequence[str]) -> tuple[str, ...]:
     "Of the inputs, in order."
     return (*features, *MATCHES, "place", "strength", *(f"by_{s}" for s in sources))
@@ -141,7 +141,7 @@ def raw_inputs(
     by = np.arange(len(sources)) == source[:, None]
     return np.concatenate([signed_log(values), matched, np.log(np.asarray(place))[:, None], said[:, None], by], axis=1).astype(np.float32)
 
-
+# %% ../../nbs/500_models/572_rankinputs.ipynb #f383f225
 def strengths(score: np.ndarray, source: Sequence[str]) -> dict[str, tuple[float, float]]:
     "Of each source: mean and spread of the logs of its scores."
     said, whose = signed_log(np.asarray(score, np.float64)), np.array(source, dtype=object)

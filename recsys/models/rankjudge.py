@@ -60,7 +60,7 @@ class Judged:
         "Ready for JSON."
         return {**{k: v for k, v in vars(self).items() if k != "gain"}, "gain": asdict(self.gain) if self.gain else None}
 
-
+# %% ../../nbs/500_models/578_rankjudge.ipynb #931472ea
 def judge(
     feedback: Feedback,
     vocab: Vocab,
@@ -87,7 +87,7 @@ def judge(
     why = f"its order gains {gain} NDCG over retrieval's on {len(ours)} later lists" + ("" if promote else ", which may be nothing")
     return Judged(lists, len(ours), {"ranker": float(ours.mean()), "retrieval": float(theirs.mean())}, gain, errors, promote, why)
 
-
+# %% ../../nbs/500_models/578_rankjudge.ipynb #52fb409f
 def _undecided(lists: int, wanted: int, why: str, errors: dict[str, float] | None = None) -> Judged: return Judged(lists, wanted, {}, None, errors or {}, False, why)
 
 
@@ -108,7 +108,7 @@ def opinions(ranker: Ranker, feedback: Feedback, vocab: Vocab) -> tuple[Examples
     chances = ranker.chances(ranker.scales.scaled(some.raw), some.items)
     return some, chances, ranker.worth(chances, some.items)
 
-
+# %% ../../nbs/500_models/578_rankjudge.ipynb #c2915ddc
 def in_place(chances: np.ndarray, some: Examples, ranker: Ranker) -> np.ndarray:
     "The same chances where the slots stood: the place moves the log odds of being opened."
     first = np.clip(chances[:, 0], 1e-9, 1 - 1e-9)

@@ -102,7 +102,7 @@ def _alone(path: Path) -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
-
+# %% ../../nbs/500_models/590_registry.ipynb #07adb9c9
 @dataclass(frozen=True)
 class Mirror:
     "MLflow's runs, versions and aliases of one registry."

@@ -214,7 +214,7 @@ def _log(known: pl.DataFrame, vocab: Vocab, *, most: int, folder: str | Path | N
 # %% ../../nbs/500_models/550_sequential.ipynb #721e9e09
 ASKED = 256  # histories that an index is tried with
 
-
+# %% ../../nbs/500_models/550_sequential.ipynb #664b541f
 def fit(
     interactions: pl.DataFrame,  # user_id, item_id, type, ts
     *,

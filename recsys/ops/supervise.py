@@ -101,7 +101,7 @@ def check_port(host: str, port: int, *, option: str) -> None:
         except OSError as e:
             raise PortBusy(f"{host}:{port} cannot be used ({e.strerror}): stop what listens there, or choose another with {option}") from e
 
-
+# %% ../../nbs/700_ops/750_supervise.ipynb #16ccb7c5
 def run(
     processes: Sequence[Process],
     *,

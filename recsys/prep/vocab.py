@@ -61,7 +61,7 @@ class _Numbers(dict[str, int]):
 
     def __missing__(self, key: object) -> int: return 0
 
-
+# %% ../../nbs/200_prep/230_vocab.ipynb #c4316c19
 class Vocab(Ids):
     "Item ids by number: `ids[n - 1]` is the id of item n; 0 is the unknown item."
 

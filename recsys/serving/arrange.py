@@ -73,7 +73,7 @@ def arrange(found: Candidates, query: Query, catalogue: Catalogue, how: How, rul
     if not pins and not reserved: return Arranged(found.take(order) if how.capped else found, frozenset())
     return Arranged(found.take(_placed(order, list(pins), kept + len(reserved), k)), frozenset(pins))
 
-
+# %% ../../nbs/600_serving/618_arrange.ipynb #0a79b7fc
 def grouped(found: Candidates, catalogue: Catalogue, how: How) -> tuple[list[np.ndarray], list[float]]:
     "What has a cap, of each candidate: categories, brands; and the shares."
     each = ((catalogue.category, how.category_share), (catalogue.brand, how.brand_share))
@@ -100,7 +100,7 @@ def _pins(query: Query, catalogue: Catalogue, rules: Sequence[Rule]) -> dict[int
         if item is not None: out[slot] = item
     return out
 
-
+# %% ../../nbs/600_serving/618_arrange.ipynb #a1e49535
 def _first(found: Candidates, items: list[int]) -> Candidates:
     "With these items in front, whether they are among the candidates or not."
     place = {item: n for n, item in enumerate(found.items.tolist())}

@@ -28,7 +28,7 @@ class Mask(NamedTuple):
     every: np.ndarray  # bool [N]
     known: np.ndarray  # bool [n], the part that the bundle's models know
 
-
+# %% ../../nbs/600_serving/605_catalogue.ipynb #e90fdf42
 @dataclass(frozen=True, eq=False)
 class Catalogue:
     "Facts of N items; arrays [N], row 0 is the unknown item. Immutable: `changed` gives another one."
@@ -96,7 +96,7 @@ class Catalogue:
         for mask in (every, known): mask.flags.writeable = False
         return Mask(every, known)
 
-
+# %% ../../nbs/600_serving/605_catalogue.ipynb #6cceaba2
 def below(paths: Sequence[str], wanted: Iterable[str]) -> np.ndarray:
     "For each path, whether it is one of those wanted or lies below one. The unknown category is in none."
     stems = [w.rstrip("/") for w in wanted]

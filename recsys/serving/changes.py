@@ -30,7 +30,7 @@ class Mark:
         said = (about.get("data") or {}).get("items_log") or {}
         return cls(str(said.get("identity", "")), int(said.get("seq", 0)))
 
-
+# %% ../../nbs/600_serving/606_changes.ipynb #015642e5
 class Changes:
     "The changed items of a log since a mark. For one thread at a time."
 

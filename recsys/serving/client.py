@@ -59,7 +59,7 @@ def items(these: Items) -> Ask[ItemsAnswer]:
     "PUT /v1/items."
     return Ask("PUT", "/v1/items", ItemsAnswer, msgspec.json.encode({"items": [msgspec.to_builtins(i) for i in these]}))
 
-
+# %% ../../nbs/600_serving/680_client.ipynb #d62801da
 def recommendation(user_id: str | None, options: Mapping[str, Any]) -> Ask[Recommendation]:
     "POST /v1/recommendations. Raises TypeError for an unknown option."
     return Ask("POST", "/v1/recommendations", Recommendation, msgspec.json.encode(RecommendationRequest(user_id=user_id, **options)))

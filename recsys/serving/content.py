@@ -57,7 +57,7 @@ def rarity(found: pl.DataFrame, count: int) -> np.ndarray:
 # %% ../../nbs/600_serving/611_content.ipynb #363ad866
 NEWEST, LATEST, FADE, LEAST = 2000, 5, 0.7, 0.1  # new items compared; items of a history that they are compared with; weight from one to the one before; least cosine
 
-
+# %% ../../nbs/600_serving/611_content.ipynb #8d54f5fd
 @dataclass(frozen=True, eq=False)
 class Content:
     "Words of all items of a catalogue."

@@ -20,7 +20,7 @@ from ..telemetry import logger
 # %% ../../nbs/600_serving/657_door.ipynb #00871525
 _BEARER = {"WWW-Authenticate": 'Bearer realm="recsys"'}
 
-
+# %% ../../nbs/600_serving/657_door.ipynb #65530ff7
 @dataclass(frozen=True)
 class Door:
     "Keys, audit and rates of one worker. `per_second` 0: keys without a rate of their own have none."
@@ -56,7 +56,7 @@ class Door:
         raise Refused("too-many", rule=f"may ask {per_second:g} times a second, and {self.burst} times at once", headers={**told, "Retry-After": str(math.ceil(left.wait))},
                       remedy="wait for as many seconds as Retry-After says, or ask for a key with a higher rate")
 
-
+# %% ../../nbs/600_serving/657_door.ipynb #0cda8d30
 def _noted(audit: Audit, **facts: Any) -> None:
     logger("recsys.access").warning("key without scope", **facts)
     try: audit.note("scope refused", **facts)

@@ -55,7 +55,7 @@ class FeatureRows(Protocol):
 
 Features = Callable[[Sequence[str]], FeatureRows]  # of the shopper who asks, for candidates by id
 
-
+# %% ../../nbs/600_serving/620_engine.ipynb #c09812b1
 class Ranker(Protocol):
     "Puts candidates in order."
 
@@ -269,7 +269,7 @@ class Engine:
 
 _NO_ITEMS = np.empty(0, np.int32), np.empty(0, np.float32)
 
-
+# %% ../../nbs/600_serving/620_engine.ipynb #75267bed
 def _retrieved(found: Candidates, shown: Candidates, slots: Sequence[Slot]) -> dict[str, tuple[int, float]]:
     "For each slot that retrieval proposed, its place there and its score; nothing where the slots are its first ones."
     if np.array_equal(found.items[:len(shown)], shown.items) and np.array_equal(found.scores[:len(shown)], shown.scores): return {}

@@ -124,7 +124,7 @@ def serve(home: Home, settings: Settings, *, host: str, port: int, fd: int | Non
     server = uvicorn.Server(config)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner: runner.run(_run(server, listener, settings))
 
-
+# %% ../../nbs/600_serving/670_gateway.ipynb #d87b813c
 async def _run(server: uvicorn.Server, listener: socket.socket, settings: Settings) -> None:
     "The server, and what runs beside it: looks at connections, and at the certificate's files."
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -42,7 +42,7 @@ def read_events(body: bytes, *, max_events: int) -> list[Any]:
     except Refused as e: events = _apart(e, body, "events")
     return _few(events, "events", max_events)
 
-
+# %% ../../nbs/600_serving/650_intake.ipynb #7295a2d7
 def read_items(body: bytes, *, max_items: int) -> list[Any]:
     "The items of a request; as `read_events`."
     try: items = decode(_ITEMS, body).items

@@ -52,12 +52,12 @@ def _stamp(path: str | os.PathLike) -> Stamp | None:
     except OSError: return None
     return at.st_mtime_ns, at.st_ino, at.st_size
 
-
+# %% ../../nbs/600_serving/622_live.ipynb #95fbab14
 def _give_back() -> None:
     "Return what the old engine held to the system, where the C library can."
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None: trim(0)
 
-
+# %% ../../nbs/600_serving/622_live.ipynb #6adec06c
 class Live:
     "The engine that serves now."
 

@@ -107,7 +107,7 @@ class Rules:
         "Those that count on a surface at a time (ms), in their order."
         return tuple(rule for rule in self.rules if rule.holds(surface, now)) if self.rules else ()
 
-
+# %% ../../nbs/600_serving/608_rules.ipynb #2a047b14
 def permitted(catalogue: Catalogue, rules: Sequence[Rule]) -> np.ndarray:
     "bool [N]: what block and only leave; not yet kept by anyone."
     out = np.ones(len(catalogue), bool)

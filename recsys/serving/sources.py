@@ -60,7 +60,7 @@ class Query:
         out = ~np.isin(items, self.exclude, kind="sort") if len(self.exclude) else np.ones(len(items), bool)
         return out if self.mask is None else out & self.mask.every[items]
 
-
+# %% ../../nbs/600_serving/612_sources.ipynb #416ae535
 @dataclass(frozen=True, eq=False)
 class Candidates:
     "What may become a slate, best first, no item twice."

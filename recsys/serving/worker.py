@@ -40,7 +40,7 @@ class Counts:
         self.failures = counter("recsys_eventlog_failures_total", "Failures of the event log.", ("operation",))
         self.rows = gauge("recsys_eventlog_rows", "Records in the event log.", ("stream",), merge="latest")
 
-
+# %% ../../nbs/600_serving/662_worker.ipynb #7112f12b
 @dataclass(frozen=True)
 class Worker:
     "What the operations of one process share."

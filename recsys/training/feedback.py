@@ -135,7 +135,7 @@ def gather(
         pl.Series("place", place, dtype=pl.Int32), pl.Series("retrieval", retrieval, dtype=pl.Float64))
     return Feedback(out, values, service.inputs, service.name, histories(lists, past, most=history), asof)
 
-
+# %% ../../nbs/400_training/455_feedback.ipynb #52ba241d
 def _values(shown: pl.DataFrame, kept: Mapping[str, str | None], service: Service) -> tuple[np.ndarray, list[bool], list[int], list[float | None]]:
     "Per slot: features, whether there were any, and place and score of retrieval; those of the slate itself where the log does not say."
     out, known = np.full((shown.height, len(service.inputs)), np.nan, np.float32), [False] * shown.height

@@ -181,7 +181,7 @@ def bootstrap(
     "Percentile bootstrap of the mean (Efron, 1979). Raises ValueError where there are no cases."
     return bootstraps({"": values}, seed=seed, confidence=confidence, rounds=rounds, groups=groups)[""]
 
-
+# %% ../../nbs/400_training/410_metrics.ipynb #e67d217a
 def bootstraps(
     values: Mapping[str, np.ndarray],  # metrics per case, each [Q]
     *,
@@ -205,7 +205,7 @@ def bootstraps(
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return {name: Interval(float(row.mean()), float(a), float(b)) for name, row, a, b in zip(values, table, low, high, strict=True)}
 
-
+# %% ../../nbs/400_training/410_metrics.ipynb #979c4c40
 def paired_bootstrap(
     a: np.ndarray,  # a metric per case [Q]
     b: np.ndarray,  # of another model, on the same cases

@@ -86,13 +86,13 @@ def fit(
     place = out.pop("place.weight")[:, 0]
     return {**out, "place": place - place[0]}
 
-
+# %% ../../nbs/400_training/475_ranknet.ipynb #cd1120e3
 def _tensors(inputs: np.ndarray, items: np.ndarray, places: np.ndarray, done: np.ndarray, weights: np.ndarray | None) -> tuple[Tensor, ...]:
     every = np.ones(len(inputs), np.float32) if weights is None else weights
     return (torch.from_numpy(np.ascontiguousarray(inputs, np.float32)), torch.from_numpy(items.astype(np.int64)), torch.from_numpy(np.clip(places, 1, PLACES).astype(np.int64) - 1),
             torch.from_numpy(done.astype(np.float32)), torch.from_numpy(_steps(done) * every[:, None]))
 
-
+# %% ../../nbs/400_training/475_ranknet.ipynb #ed07f24d
 def _learn(net: Net, data: tuple[Tensor, ...], shape: Shape) -> None:
     "AdamW over all slots in a new order each time; the three losses are sums over the slots of their step."
     kinds: Mapping[str, list[Tensor]] = {"free": [net.line.bias, net.place.weight], "items": [net.item.weight], "rest": []}
