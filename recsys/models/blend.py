@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from . import covisit, popular, sequential
-from .contract import Model, Slates, best, check, enough, places
+from .contract import Model, Slates, best, best_above_zero, check, places
 from .covisit import Covisit
 from .index import DEPTH, NONE
 from .popular import Popular
@@ -138,8 +138,7 @@ class Blend:
         row[0] = 0
         if filters is not None: row *= filters
         if hidden is not None: row[hidden] = 0
-        items = np.flatnonzero(row >= max(enough(row, k), np.float32(1e-38)))
-        return best(items, row[items], self.place, k)
+        return best_above_zero(row, self.place, k)
 
     @property
     def _quick(self) -> bool:

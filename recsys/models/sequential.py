@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from . import encoder as encoders, index as indices
-from .contract import Slates, best, check, enough, learnable, places
+from .contract import Slates, best_above_zero, check, learnable, places
 from .encoder import Encoder
 from .forward import Forward, forward_of
 from .index import NONE, Index
@@ -110,12 +110,8 @@ class Sequential:
             if exclude is not None:
                 hidden = exclude[start:start + step]
                 scores[hidden.rows(), hidden.values] = 0
-            found += [self._best(row, k) for row in scores]
+            found += [best_above_zero(row, self.place, k) for row in scores]
         return Slates.of(found, k=k, name=self.name)
-
-    def _best(self, row: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        items = np.flatnonzero(row >= max(enough(row, k), np.float32(1e-38)))
-        return best(items, row[items], self.place, k)
 
     def state(self, history: np.ndarray) -> np.ndarray | None:
         "float32 [D] of one history; None where it holds no known item."
@@ -143,7 +139,7 @@ class Sequential:
         row[0] = 0
         if mask is not None: row *= mask
         row[exclude] = 0
-        return self._best(row, k)
+        return best_above_zero(row, self.place, k)
 
     def save(self, folder: str | Path) -> None:
         "`model.safetensors` and `model.json`; `encoder.onnx` and the index, which are tried. Raises ValueError."
