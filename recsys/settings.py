@@ -131,6 +131,7 @@ class Gateway:
     max_k: Count
     max_wait_ms: Annotated[float, Meta(gt=0)]
     max_under_way: Count
+    remembered: Annotated[int, Meta(ge=0, le=10_000_000)]
     rate_per_second: Annotated[float, Meta(ge=0)]
     rate_burst: Count
     origins: tuple[str, ...]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import random
 import signal
@@ -429,9 +430,58 @@ def test_an_error_of_the_commit_reaches_every_waiter_and_the_lane_goes_on(sqlite
         good = await group.append([event(1)])
         group.close()
         return failed, good
-    def broken(): raise EventLogError("the disk is full")
+    def broken(**how): raise EventLogError("the disk is full")
     failed, good = asyncio.run(go())
     assert all(isinstance(f, EventLogError) for f in failed) and good.accepted == 1 and log.depth("events", after=0) == 1
+
+
+def test_impressions_are_committed_by_the_loop_and_by_the_lane_where_it_is_not_their_turn(sqlite_log: SQLiteEventLog):
+    log, by = sqlite_log, []
+    commit = log._commit
+    def watched(stream, batches, *, wait=True):
+        found = commit(stream, batches, wait=wait)
+        by.append(threading.current_thread() is threading.main_thread())
+        return found
+    log._commit = watched  # type: ignore[method-assign]
+    holder = sqlite3.connect(log._impressions.path, isolation_level=None)
+    def let_go():
+        holder.execute("COMMIT")
+        holder.close()
+    async def go():
+        group = GroupCommit(log, patience_s=30)
+        free = await asyncio.gather(*(group.record([shown(n)]) for n in range(3)))
+        holder.execute("BEGIN IMMEDIATE")  # a writer out of its turn: the loop must not wait for it
+        waiting = [asyncio.ensure_future(group.record([shown(n)])) for n in range(3, 6)]
+        await asyncio.sleep(0.1)
+        assert not any(w.done() for w in waiting)
+        let_go()
+        held = await asyncio.gather(*waiting)
+        with open(log._impressions.path.with_suffix(".turn"), "w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            later = asyncio.ensure_future(group.record([shown(6), shown(0)]))
+            await asyncio.sleep(0.05)
+            assert not later.done()
+        later = await later
+        group.close()
+        return free, held, later
+    free, held, later = asyncio.run(go())
+    assert all(a.accepted == 1 for a in (*free, *held)) and (later.accepted, later.duplicates) == (1, 1) and log.depth("impressions", after=0) == 7
+    assert by == [True, False, False]
+    log.copy_back("impressions")
+
+
+@pytest.mark.parametrize("how", ["append", "pack", "seed", "trim"])
+def test_a_history_is_read_again_when_it_has_changed_and_only_then(log: EventLog, how: str):
+    log.append([event(n, item=f"i{n}") for n in range(40)])
+    before, nobody = log.history("ann"), log.history("bob")
+    assert log.history("ann", unless=before.stamp) is None and log.history("bob", unless=nobody.stamp) is None and log.history("ann", unless="another") == before
+    if how == "append": log.append([event(1000)])
+    if how == "pack": log.pack(after=0, upto=log.last("events"), least=1)
+    if how == "seed": log.seed(pl.DataFrame({"user_id": ["ann"], "item_id": ["old"], "type": ["view"], "ts": [1]}))
+    if how == "trim": log.trim("events", upto=log.last("events"), before_ts=T0 * 2)
+    now = log.history("ann")
+    assert (now == before) == (how in ("pack", "trim")) and log.history("ann", unless=before.stamp) in ((None, now) if now == before else (now,))
+    assert log.history("ann", unless=now.stamp) is None and log.history("bob", unless=nobody.stamp) is None
 
 
 def test_group_commit_says_busy_and_commits_what_waits_when_it_closes(sqlite_log: SQLiteEventLog):

@@ -81,8 +81,9 @@ def test_a_ranker_that_raises(gateway: Gateway):
 def test_models_that_raise_leave_the_last_list_of_the_same_place_and_else_what_everybody_wants(gateway: Gateway):
     before, flag = load_of(gateway), gateway.home.path / "broken-model"
     flag.touch()
-    try: known, unknown, other = load_of(gateway), load_of(gateway, user_id="nobody yet"), load_of(gateway, exclude=[before[0]["items"][0]["item_id"]])
+    try: same, known, unknown, other = load_of(gateway), load_of(gateway, surface="basket"), load_of(gateway, user_id="nobody yet"), load_of(gateway, exclude=[before[0]["items"][0]["item_id"]])
     finally: flag.unlink()
+    assert tiers(same) == {"full"} and slates(same) == slates(before), "the candidates of the same question are still known"
     assert tiers(known) == {"cached"} and slates(known) == slates(before) and tiers(unknown) == {"popular"} and tiers(load_of(gateway)) == {"full"}
     assert all(a["age_ms"] > 0 for a in unknown), "as old as the bundle"
     assert all(before[0]["items"][0]["item_id"] not in slate for slate in slates(other)), "a list of before is filtered for who gets it"

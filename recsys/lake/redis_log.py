@@ -8,15 +8,16 @@ __all__ = ['RULES', 'PATIENCE_S', 'QUICK_S', 'ROWS', 'USERS', 'FEW', 'PREFIX', '
 # %% ../../nbs/100_lake/136_redis_log.ipynb #97b694bb
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Hashable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, get_args, overload
 
 import msgspec
 import polars as pl
 from redis.connection import ConnectionInterface
 
 from ..breaker import Breaker
-from .records import Appended, EventLogError, History, Moment, Row, Stream, event_rows, impression_rows, item_rows, key_of, latest
+from .records import Appended, EventLogError, History, Moment, Row, Stream, event_rows, impression_rows, item_rows, key_of, key_of_answer, latest
 from .redis_scripts import ADD, SCRIPTS, START_ABOVE, SWAP, TRIM, TRIM_ITEMS, fold, sha, unfold, words
 from .redis_server import Command, Server
 from ..schema import ITEM_ID, TS, TYPE, USER_ID
@@ -100,6 +101,11 @@ class _Appending(_Intake):
             at += len(batch)
         return out
 
+    def commit_at_once(self, stream: Stream, batches: Sequence[Sequence[Row]]) -> list[Appended] | None:
+        "None: it takes a trip."
+
+    def copy_back(self, stream: Stream) -> None: "Nothing to do here."
+
     def _add(self, stream: Stream, rows: Sequence[Row]) -> Command:
         arguments = [word for row in rows for word in words(stream, row)]
         return self._script(ADD[stream], stream, *arguments, histories=[PREFIX + b"h:" + row[1] for row in rows] if stream == "events" else ())
@@ -116,18 +122,25 @@ class _Appending(_Intake):
 class _Questions(_Appending):
     "What a log is asked. An answer of the gateway waits for `history` and `impression`, which give up soon; the others are for threads of their own."
 
-    def history(self, user_id: str) -> History:
-        "A user's latest events; empty for an unknown user. What any process appended before this call is in it."
+    @overload
+    def history(self, user_id: str) -> History: ...
+    @overload
+    def history(self, user_id: str, *, unless: Hashable) -> History | None: ...
+    def history(self, user_id: str, *, unless: Hashable = None) -> History | None:
+        "A user's latest events; empty for an unknown user. What any process appended before this call is in it. None where its stamp is still `unless`."
         text = self._quick.ask(("GET", PREFIX + b"h:" + key_of(user_id)))[0]
-        if text is None: return History(0, [], [], [])
+        stamp = blake2b(text or b"", digest_size=16).digest()
+        if stamp == unless: return None
+        if text is None: return History(0, [], [], [], stamp)
         sequence, columns, since = unfold(text)
         if since: columns = list(map(list, zip(*latest(zip(*columns, strict=True), since, self._most), strict=True)))
-        return History(sequence, *columns)
+        item_ids, types, ts = columns
+        return History(sequence, item_ids, types, ts, stamp)
 
     def impression(self, recommendation_id: str) -> dict[str, Any] | None:
         "What was shown, if it is still in the log; fields that were null are absent."
         _, stream, ids = self._keys("impressions")
-        sequence = self._quick.ask(("HGET", ids, key_of(recommendation_id)))[0]
+        sequence = self._quick.ask(("HGET", ids, key_of_answer(recommendation_id)))[0]
         found = self._quick.ask(("XRANGE", stream, sequence, sequence))[0] if sequence else []
         return msgspec.json.decode(found[0][1][5]) if found else None
 

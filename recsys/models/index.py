@@ -102,9 +102,9 @@ class Index:
         "float32 of products with a state: their softmax over all rows, where rows that are not among them count as a sample of all rows does."
         if not len(products): return products
         top, low = products.max(), products.min()
-        rest = np.exp(np.minimum(self._some @ state, low) - top).mean() * max(len(self.rows) - len(products), 0)
+        rest = np.exp(np.minimum(self._some @ state, low) - top).sum() * (max(len(self.rows) - len(products), 0) / len(self._some))
         shares = np.exp(np.maximum(products - top, np.float32(-69)))
-        return (shares / np.float32(shares.sum() + rest)).astype(np.float32)
+        return shares / np.float32(shares.sum() + rest)
 
     def _exact(self, state: np.ndarray, k: int, allowed: np.ndarray | None, exclude: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         may = self.offered.copy() if allowed is None else self.offered & allowed

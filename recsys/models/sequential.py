@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import ref
 
 import numpy as np
 import polars as pl
@@ -48,6 +49,7 @@ class Sequential:
     asked: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32), repr=False)  # float32 [S, D], states of some histories, to try an index with
     encoder: Encoder | None = field(default=None, repr=False)  # of a model that was saved and loaded: with them
     index: Index | None = field(default=None, repr=False)  # one query is answered in a tenth of the time
+    _states: dict[int, tuple[ref, np.ndarray | None]] = field(default_factory=dict, init=False, repr=False)  # of histories that nobody can change, while somebody has them
 
     @cached_property
     def place(self) -> np.ndarray: return places(self.counts, self.counts)
@@ -114,7 +116,15 @@ class Sequential:
         return Slates.of(found, k=k, name=self.name)
 
     def state(self, history: np.ndarray) -> np.ndarray | None:
-        "float32 [D] of one history; None where it holds no known item."
+        "float32 [D] of one history; None where it holds no known item. That of an array that is not writeable is kept as long as the array is."
+        if history.flags.writeable: return self._state(history)
+        kept = self._states.get(id(history))
+        if kept is None or kept[0]() is not history:
+            states, at = self._states, id(history)
+            kept = states[at] = ref(history, lambda _: states.pop(at, None)), self._state(history)
+        return kept[1]
+
+    def _state(self, history: np.ndarray) -> np.ndarray | None:
         items = history[self.offered[history]]
         if not self.repeats and len(items): items = items[np.append(True, items[1:] != items[:-1])]
         if not len(items): return None

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['TIERS', 'FULL', 'RETRIEVAL', 'WITHOUT_RANKER', 'WITHOUT_FEATURES', 'WITHOUT_HISTORY', 'CACHED', 'FLOOR', 'Features',
-           'LISTS', 'lower', 'FeatureRows', 'Ranker', 'Slate', 'question', 'distinct', 'reason', 'slots_of', 'Lists',
-           'Engine']
+           'LISTS', 'lower', 'FeatureRows', 'Ranker', 'Slate', 'Asked', 'reason', 'slots_of', 'Lists', 'Engine']
 
 # %% ../../nbs/600_serving/620_engine.ipynb #edaa9503
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +24,9 @@ from .arrange import PINNED, How, arrange, explore
 from .catalogue import Catalogue
 from .changes import Mark
 from .content import Content
-from .policy import HIDES, SPEAKS, codes, eligible
+from .question import NO_PAST, Past, question
 from .rules import Rule, Rules
-from .sources import Candidates, Query, Source, alike, arrived, new, of_model, retrieve, similar
+from .sources import NOTHING, Candidates, Query, Source, alike, arrived, new, of_model, retrieve, similar
 from .wire import Filters, RecommendationRequest, Slot
 from ..telemetry import logger
 
@@ -80,25 +79,15 @@ class Slate:
         return replace(self, tier=lower(self.tier, WITHOUT_FEATURES))
 
 # %% ../../nbs/600_serving/620_engine.ipynb #34809c51
-def question(catalogue: Catalogue, how: How, request: RecommendationRequest, history: History | None, *, now: int, rules: Sequence[Rule] = (), most: int, beside: int = 0) -> Query:
-    "Join history and request."
-    past, types, times = (history.item_ids, history.types, history.ts) if history else ([], [], [])
-    if request.items: past, types, times = [*past, *request.items], [*types, *[VIEW] * len(request.items)], [*times, *[now] * len(request.items)]
-    items, met = catalogue.encode(past), codes(types)
-    hidden, liked = items[HIDES[how.hide_seen][met]], SPEAKS[met] & (items > 0)
-    if request.exclude: hidden = np.concatenate([hidden, catalogue.encode(request.exclude)])
-    k = min(request.k, len(catalogue) - 1)
-    return Query(items[liked], met[liked], np.array(times, np.int64)[liked], distinct(hidden), eligible(catalogue, request.filters, now=now, rules=rules),
-                 k, max(k, most), beside, len(catalogue.vocab), len(catalogue), request.surface, now)
+@dataclass(frozen=True, eq=False)
+class Asked:
+    "A question with its candidates: what stays as it is until the shopper does something, or the season changes (see `Engine.season`)."
 
+    query: Query
+    rules: tuple[Rule, ...]  # in force
+    found: Candidates | None  # None: a model failed
+    plain: dict[str, Any] = field(default_factory=dict)  # of lists that nothing is drawn for: the slots, made once
 
-def distinct(items: np.ndarray) -> np.ndarray:
-    "Those above 0, rising, each once."
-    if not len(items): return items
-    items = np.sort(items)
-    first = items > 0
-    first[1:] &= items[1:] != items[:-1]
-    return items[first]
 
 # %% ../../nbs/600_serving/620_engine.ipynb #0f62e879
 _DID = {VIEW: "viewed", CART: "chose", PURCHASE: "bought", RATING: "rated"}
@@ -154,6 +143,7 @@ class Engine:
     lists: Lists = field(default_factory=Lists)
     mark: Mark = Mark()  # up to where its catalogue had the event log's changes
     without: str | None = None  # why the bundle's ranker is not used
+    _itself: object = field(default_factory=object, init=False, repr=False)  # no two engines have the same
 
     @classmethod
     def load(cls, path: str | Path, *, how: How = How()) -> "Engine":
@@ -201,41 +191,66 @@ class Engine:
         features: Features | None = None,  # for the ranker
     ) -> Slate:
         "The best items for a request. The same everything gives the same slate."
+        return self.answer(self.ask(request, self.past(history), now=now), history.user_seq if history else None, now=now, lost=history is None and request.user_id is not None, seed=seed, features=features)
+
+    @property
+    def numbering(self) -> Hashable:
+        "The same as long as an id has the same number."
+        return self.bundle, len(self.catalogue)
+
+    def season(self, surface: str | None, now: int) -> Hashable:
+        "The same as long as a question gets the same candidates: of this engine, with these rules in force and these items on sale."
+        return self._itself, self.rules.in_force(surface, now), self.catalogue.begun(now)
+
+    def past(self, history: History | None) -> Past:
+        "A history in this engine's numbers."
+        return Past.of(self.catalogue, self.how, history.item_ids, history.types, history.ts) if history else NO_PAST
+
+    def ask(self, request: RecommendationRequest, past: Past, *, now: int) -> Asked:
+        "Candidates for a request. Does not raise: where a model fails, `answer` finds something else."
         rules = self.rules.in_force(request.surface, now)
         plain = self.ranker is None and self.how.plain and not rules
-        asked = question(self.catalogue, self.how, request, history, now=now, rules=rules, most=0 if plain else self.how.candidates, beside=0 if self.ranker is None else self.how.beside)
-        tier = WITHOUT_HISTORY if history is None and request.user_id is not None else self.best
-        return self._answer(asked, rules, tier, history.user_seq if history else None, seed=seed, features=features)
+        query = question(self.catalogue, self.how, request, past, now=now, rules=rules, most=0 if plain else self.how.candidates, beside=0 if self.ranker is None else self.how.beside)
+        return Asked(query, rules, self._found(query))
 
     def similar(self, item_id: str, *, k: int, filters: Filters | None = None, now: int) -> Slate:
         "What goes with an item. What everybody wants where the item is unknown (see `knows`)."
-        asked = question(self.catalogue, self.how, RecommendationRequest(items=[item_id], exclude=[item_id], k=k, filters=filters), None, now=now, rules=self._blocks(now), most=0)
-        return self._answer(asked, (), self.best, None)
+        asked = question(self.catalogue, self.how, RecommendationRequest(items=[item_id], exclude=[item_id], k=k, filters=filters), NO_PAST, now=now, rules=self._blocks(now), most=0)
+        return self.answer(Asked(asked, (), self._found(asked)), None, now=now)
 
     def trending(self, *, k: int, filters: Filters | None = None, now: int) -> Slate:
         "What everybody wants just now."
-        asked = question(self.catalogue, self.how, RecommendationRequest(k=k, filters=filters), None, now=now, rules=self._blocks(now), most=0)
-        found = retrieve(asked, [of_model(self.models[-1]), arrived]) if asked.k else Candidates.of("", *_NO_ITEMS)
+        asked = question(self.catalogue, self.how, RecommendationRequest(k=k, filters=filters), NO_PAST, now=now, rules=self._blocks(now), most=0)
+        found = retrieve(asked, [of_model(self.models[-1]), arrived]) if asked.k else NOTHING
         return Slate(slots_of(self.catalogue, asked, found.take(range(min(asked.k, len(found)))), [1.0] * min(asked.k, len(found))), self.best, 0, None, self.policy)
 
     def _blocks(self, now: int) -> tuple[Rule, ...]: return self.rules.in_force(None, now)
 
-    def _answer(self, asked: Query, rules: Sequence[Rule], tier: str, user_seq: int | None, *, seed: int = 0, features: Features | None = None) -> Slate:
-        age, rows = 0 if TIERS.index(tier) < TIERS.index(WITHOUT_HISTORY) else max(asked.now - self.asof, 0), None
-        if not asked.k: return Slate([], tier, age, user_seq, self.policy)
-        try: found = retrieve(asked, self.sources)
+    def _found(self, asked: Query) -> Candidates | None:
+        if not asked.k: return NOTHING
+        try: return retrieve(asked, self.sources)
         except Exception as e:  # noqa: BLE001  the ladder: whatever breaks in a model, a list of before or the popular items still stand
             self._failed("model failed", e)
-            tier, age, found = self._without_models(asked)
-            as_found = found
-        else:
-            as_found, fallen = found, tier
-            if self.ranker is not None: found, fallen, rows = self._ranked(asked, found, features)
-            tier = lower(tier, fallen)
-        shown, propensity = explore(arrange(found, asked, self.catalogue, self.how, rules), asked.k, self.catalogue, self.how, seed=seed)
-        slots = slots_of(self.catalogue, asked, shown, propensity)
-        if tier != CACHED and tier != FLOOR and len(asked.items): self.lists.keep(self.catalogue.ids(asked.items[-1:].tolist())[0], [s.item_id for s in slots], asked.now)
-        return Slate(slots, tier, age, user_seq, self.policy, rows, _retrieved(as_found, shown, slots))
+            return None
+
+    def answer(self, asked: Asked, user_seq: int | None, *, now: int, lost: bool = False, seed: int = 0, features: Features | None = None) -> Slate:
+        "A slate of candidates that `ask` found just now or before; `lost`: the shopper's past could not be read."
+        tier, found, query = WITHOUT_HISTORY if lost else self.best, asked.found, asked.query
+        age, rows = max(now - self.asof, 0) if lost else 0, None
+        if not query.k: return Slate([], tier, age, user_seq, self.policy)
+        if made := asked.plain.get(tier): return made
+        if query.now != now: query = replace(query, now=now)
+        if found is None: tier, age, found = self._without_models(query)
+        as_found, drawn = found, self.how.explore > 0
+        if asked.found is not None and self.ranker is not None:
+            found, fallen, rows = self._ranked(query, found, features)
+            tier, drawn = lower(tier, fallen), True
+        shown, propensity = explore(arrange(found, query, self.catalogue, self.how, asked.rules), query.k, self.catalogue, self.how, seed=seed)
+        slots = slots_of(self.catalogue, query, shown, propensity)
+        slate = Slate(slots, tier, age, user_seq, self.policy, rows, _retrieved(as_found, shown, slots))
+        if asked.found is not None and len(query.items): self.lists.keep(self.catalogue.ids(query.items[-1:].tolist())[0], [s.item_id for s in slots], now)
+        if asked.found is not None and not drawn and not age: asked.plain[tier] = slate
+        return slate
 
     def _ranked(self, asked: Query, found: Candidates, features: Features | None) -> tuple[Candidates, str, FeatureRows | None]:
         "In the ranker's order, the rung, and the features that were read."
@@ -266,8 +281,6 @@ class Engine:
 
     def _failed(self, what: str, e: Exception) -> None: logger("recsys.engine").error(what, bundle=self.bundle, kind=type(e).__name__, error=str(e))
 
-
-_NO_ITEMS = np.empty(0, np.int32), np.empty(0, np.float32)
 
 # %% ../../nbs/600_serving/620_engine.ipynb #75267bed
 def _retrieved(found: Candidates, shown: Candidates, slots: Sequence[Slot]) -> dict[str, tuple[int, float]]:

@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 
 from . import openapi, tls
+from .accept import Acceptor, Shares
 from .control import receipt
 from .http import HTML, Answer, App, Call, Endpoint, Front, Routes
 from .lists import recommend, recommend_batch, similar, trending
@@ -121,18 +123,41 @@ def serve(home: Home, settings: Settings, *, host: str, port: int, fd: int | Non
                             ssl_context_factory=(lambda config, default: context) if context else None)
     logging.getLogger("uvicorn.error").setLevel("ERROR")  # what clients do wrong is answered, and counted
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: None)  # uvicorn raises it again after the drain
-    server = uvicorn.Server(config)
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner: runner.run(_run(server, listener, settings))
+    server = _Server(config, listener, home.run / "connections")
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner: runner.run(_run(server, settings))
 
 # %% ../../nbs/600_serving/670_gateway.ipynb #d87b813c
-async def _run(server: uvicorn.Server, listener: socket.socket, settings: Settings) -> None:
+class _Server(uvicorn.Server):
+    "As uvicorn's, but it shares a listening socket fairly with the other workers."
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket, counts: Path):
+        super().__init__(config)
+        self._listener, self._counts = listener, counts
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])
+        self._shares, connections = Shares(self._counts), self.server_state.connections
+        def protocol() -> asyncio.Protocol: return self.config.http_protocol_class(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[call-arg]
+        tls = {"ssl": self.config.ssl} if self.config.ssl else {}
+        self.servers = [Acceptor(self._listener, protocol, self._shares, lambda: len(connections), **tls)]  # type: ignore[list-item]
+
+    async def on_tick(self, counter: int) -> bool:
+        self._shares.tell(len(self.server_state.connections))
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._shares.close()
+        await super().shutdown(sockets=[self._listener])
+
+# %% ../../nbs/600_serving/670_gateway.ipynb #e06eb135
+async def _run(server: uvicorn.Server, settings: Settings) -> None:
     "The server, and what runs beside it: looks at connections, and at the certificate's files."
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
     beside = [asyncio.create_task(sweep(server.server_state.connections))]
     server.config.load()
     if server.config.ssl: beside.append(asyncio.create_task(tls.follow(server.config.ssl, settings.gateway.tls_cert, settings.gateway.tls_key)))
-    try: await server.serve(sockets=[listener])
+    try: await server.serve()
     finally:
         for task in beside: task.cancel()
 

@@ -9,24 +9,25 @@ __all__ = ['Scope', 'Message', 'Receive', 'Send', 'App', 'JSON', 'PROBLEM', 'HTM
 # %% ../../nbs/600_serving/660_http.ipynb #e2d68774
 import asyncio
 import re
-import secrets
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
 import msgspec
-from prometheus_client import Counter, Histogram
+from prometheus_client import Histogram
 from starlette.routing import Router
 
 from .auth import KeyInfo
 from .door import Door
+from .ids import request_id as new_id
 from .limits import Pressure
 from .openapi import Operation
 from .problems import Refused
-from ..telemetry import bound, counter, gauge, histogram, line, logger
+from .sockets import at_once
+from ..telemetry import TELL_SECONDS, Tally, bound, counter, gauge, histogram, line, logger, tell
 
 # %% ../../nbs/600_serving/660_http.ipynb #aac84c75
 Scope = MutableMapping[str, Any]
@@ -51,6 +52,7 @@ class Answer:
     async def __call__(self, send: Send, request_id: str) -> None:
         headers = [(b"content-type", self.kind.encode()), (b"content-length", b"%d" % len(self.body)), *_ALWAYS, (b"x-request-id", request_id.encode()),
                    *((k.lower().encode(), v.encode()) for k, v in self.headers.items())]
+        if at_once(send, self.status, headers, self.body): return
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
 
@@ -127,7 +129,7 @@ class Endpoint:
             told = self.door.charge(call.key)
         if self.operation.body is not None: call.body = await read_body(receive, call.headers, most=self.most, whole=call.whole)
         answer = await self.work(call)
-        return replace(answer, headers={**answer.headers, **told}) if told else answer
+        return Answer(answer.status, answer.body, answer.kind, {**answer.headers, **told}) if told else answer
 
 # %% ../../nbs/600_serving/660_http.ipynb #2b7f1c11
 class Routes:
@@ -160,21 +162,21 @@ class Traffic:
     "Counts of requests by route template. Label values come from fixed lists, whatever clients send."
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self.requests = counter("recsys_http_requests_total", "Requests answered.", ("method", "route", "status"))
+        self._known: dict[str, Histogram] = {}
+        self.requests = Tally(counter("recsys_http_requests_total", "Requests answered.", ("method", "route", "status")))
         self.seconds = histogram("recsys_http_request_seconds", "From the request's headers to the last byte of the answer.", ("route",))
         self.under_way = gauge("recsys_http_requests_under_way", "Requests being worked on, looked at twice a second.")
 
     def count(self, method: str, route: str, status: int, seconds: float) -> None:
-        known = self._known.get((method, route, status))
-        if known is None: known = self._known[method, route, status] = self.requests.labels(method, route, str(status)), self.seconds.labels(route)
-        known[0].inc()
-        known[1].observe(seconds)
+        if (known := self._known.get(route)) is None: known = self._known[route] = self.seconds.labels(route)
+        self.requests.add(method, route, str(status))
+        known.observe(seconds)
 
-    async def watch(self, pressure: Pressure, *, every: float = 0.5) -> None:
-        "Tell for ever how many requests are under way."
+    async def watch(self, pressure: Pressure, *, every: float = TELL_SECONDS) -> None:
+        "Tell for ever how many requests are under way, and were."
         while True:
             self.under_way.set(pressure.under_way)
+            tell()
             await asyncio.sleep(every)
 
 
@@ -184,7 +186,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 def request_id(sent: bytes | None) -> str:
     "The client's id where it is short and plain, else a new one."
-    return sent.decode() if sent and _REQUEST_ID.fullmatch(sent) else secrets.token_hex(8)
+    return sent.decode() if sent and _REQUEST_ID.fullmatch(sent) else new_id()
 
 
 def as_refused(error: Exception) -> Refused:

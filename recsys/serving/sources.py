@@ -43,7 +43,8 @@ class Query:
     @cached_property
     def liked(self) -> np.ndarray:
         "int32: `items` without those that models do not know."
-        return self.items if self.total == self.n else self.items[self.items < self.n]
+        if self.total == self.n or (known := self.items < self.n).all(): return self.items
+        return self.items[known]
 
     @cached_property
     def hidden(self) -> np.ndarray:

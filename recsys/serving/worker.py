@@ -23,8 +23,9 @@ from .engine import Engine
 from .limits import Pressure, Rates
 from .live import Live
 from .problems import Refused
+from .question import Memory
 from ..settings import Home, Settings
-from ..telemetry import counter, gauge
+from ..telemetry import Tally, counter, gauge
 
 # %% ../../nbs/600_serving/662_worker.ipynb #acfd3e59
 class Counts:
@@ -34,8 +35,8 @@ class Counts:
         self.events = counter("recsys_events_total", "Events received, by what became of them.", ("outcome",))
         self.rejected = counter("recsys_events_rejected_total", "Events rejected, by the first field that broke a rule.", ("field",))
         self.items = counter("recsys_items_total", "Items received for the catalogue, by what became of them.", ("outcome",))
-        self.answers = counter("recsys_recommendations_total", "Recommendations answered, by rung of the degradation ladder.", ("tier",))
-        self.slots = counter("recsys_recommended_items_total", "Items recommended, by what proposed them.", ("source",))
+        self.answers = Tally(counter("recsys_recommendations_total", "Recommendations answered, by rung of the degradation ladder.", ("tier",)))
+        self.slots = Tally(counter("recsys_recommended_items_total", "Items recommended, by what proposed them.", ("source",)))
         self.lost = counter("recsys_impressions_unrecorded_total", "Recommendations answered that could not be recorded.")
         self.failures = counter("recsys_eventlog_failures_total", "Failures of the event log.", ("operation",))
         self.rows = gauge("recsys_eventlog_rows", "Records in the event log.", ("stream",), merge="latest")
@@ -55,6 +56,7 @@ class Worker:
     features: LiveFeatures
     pressure: Pressure
     counts: Counts
+    memory: Memory
     clock: Callable[[], int]  # ms UTC
     errands: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # of administrators, see `serving.control`
 
@@ -65,7 +67,7 @@ class Worker:
         live = Live(home, log, how=How.of(settings))
         door = Door(Keys(home.keys), Audit(home.audit), Rates(home.run / "rates"), gateway.rate_per_second, gateway.rate_burst)
         return cls(home, settings, door, Vault.open(home.keys), log, GroupCommit(log), live, LiveFeatures(home, settings, service=SERVICES[settings.features.service]),
-                   Pressure(target=gateway.max_wait_ms / 1000, most=gateway.max_under_way), Counts(), clock or (lambda: time.time_ns() // 1_000_000))
+                   Pressure(target=gateway.max_wait_ms / 1000, most=gateway.max_under_way), Counts(), Memory(gateway.remembered), clock or (lambda: time.time_ns() // 1_000_000))
 
     def engine(self) -> Engine:
         "The engine that serves now. Raises Refused: `not-ready`."
