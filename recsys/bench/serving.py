@@ -50,7 +50,8 @@ class Rule:
     def __str__(self) -> str: return f"at {'most' if self.most is not None else 'least'} {self.most if self.most is not None else self.least:,g} {self.unit}"
 
 
-RULES = {"requests/s, of fastapi_torch's": Rule("x", least=10), "requests/s, of fastapi_onnx_faiss's": Rule("x", least=2), "recall@20 against exact": Rule("", least=0.98),
+RULES = {"requests/s, of fastapi_torch's": Rule("x", least=10), "requests/s, of fastapi_onnx_faiss's": Rule("x", least=2), "first lists, requests/s, of fastapi_onnx_faiss's": Rule("x", least=1),
+         "recall@20 against exact": Rule("", least=0.98),
          "p99 at 1,500 requests/s": Rule("ms", most=10), "full tier, capacity": Rule("requests/s", least=600), "full tier, p99 at 600 requests/s": Rule("ms", most=20),
          "single events": Rule("posts/s", least=3000), "events in batches": Rule("events/s", least=20_000), "click to changed slate, p99 at 300/s": Rule("ms", most=50),
          "overload, p99 of what is accepted": Rule("x", most=2), "overload, growth of memory": Rule("MB", most=50)}
@@ -145,9 +146,9 @@ EXPLORE = {"RECSYS_POLICY_EXPLORE": "0.1"}
 
 @contextmanager
 def contenders(shop: Shop, full: Shop, peers: Path, cache: Path, histories: Path, *, sizes: Sizes, seed: int, step: Step) -> Iterator[dict[str, Server]]:
-    "All servers, waiting: ours in both tiers, and each peer in the forms whose better one counts."
+    "All servers, waiting: ours in both tiers, and once more with no memory of shoppers, so that each list is a first one; and each peer in the forms whose better one counts."
     with ExitStack() as stack:
-        found = {"retrieval": stack.enter_context(ours("retrieval", shop, workers=sizes.workers)), "full": stack.enter_context(ours("full", full, workers=sizes.workers, **EXPLORE))}
+        found = {"retrieval, first lists": stack.enter_context(ours("first", shop, workers=sizes.workers, RECSYS_GATEWAY_REMEMBERED="0")), "retrieval": stack.enter_context(ours("retrieval", shop, workers=sizes.workers)), "full": stack.enter_context(ours("full", full, workers=sizes.workers, **EXPLORE))}
         for name, more in (("fastapi_onnx_faiss", ("--cache", str(cache))), ("fastapi_torch", ())):
             script = peers / f"serve_{name}.py"
             for workers in (1, 2):
@@ -185,7 +186,7 @@ def resident(server: Server) -> Iterator[list[float]]:
 
 
 def overloaded(server: Server, script: Path, *, sizes: Sizes, rps: float, p99: float) -> list[dict[str, Any]]:
-    "Three times the capacity for a while: the server's p99 of what it accepts as a multiple of `p99`, and how its memory grew after the first quarter. Raises BenchError where a process died."
+    "Three times the capacity for a while, of the tier that does most for an answer (three times the other one's is more than `load.py` can send): the server's p99 of what it accepts as a multiple of `p99`, and how its memory grew after the first quarter. Raises BenchError where a process died."
     with resident(server) as seen: found = loaded(server, script, sizes, mine=True, seconds=sizes.overload, rate=round(3 * rps), connections=256)
     if dead := [pid for pid in server.pids if not psutil.pid_exists(pid)]: raise BenchError(f"overload: process {dead[0]} died")
     refused = {status: n for status, n in found["statuses"].items() if not status.startswith("2")}
@@ -207,7 +208,7 @@ def serving(root: Path, work: Path, *, sizes: Sizes = Sizes(), seed: int = 1, pr
     shop = open_shop(Home.open(work / "homes" / "retrieval"), peers, histories, items=sizes.items, seed=seed)
     full = with_features(shop, work / "homes" / "full", seed=seed)
     with contenders(shop, full, peers, work / "cache", histories, sizes=sizes, seed=seed, step=step) as servers:
-        runs = capacity(servers, script, sizes=sizes, step=step)
+        runs = capacity({name: server for name, server in servers.items() if server.name != "first"}, script, sizes=sizes, step=step)
         rows, more = _rows(servers, shop, script, runs, sizes, step)
     shutil.rmtree(work / "homes")
     return {**summary(runs, rows), "rows": rows, "runs": runs | more, "index": dict(shop.report), "sizes": asdict(sizes), "seed": seed, "machine": about()}
@@ -221,6 +222,9 @@ def _rows(servers: Mapping[str, Server], shop: Shop, script: Path, runs: Mapping
         more[name] = loaded(server, script, sizes, mine=True, **how)
         return more[name]
     rows = [judged(f"requests/s, of {name}'s", rps["retrieval"] / rps[name], cpu_times=_cpu(runs, name) / _cpu(runs, "retrieval")) for name in ("fastapi_torch", "fastapi_onnx_faiss")]
+    first = measured("retrieval, first list of each shopper", servers["retrieval, first lists"])
+    rows.append(judged("first lists, requests/s, of fastapi_onnx_faiss's", first["rps"] / rps["fastapi_onnx_faiss"], cpu_times=_cpu(runs, "fastapi_onnx_faiss") / (first["cpu_us"] or 1),
+                       rps=first["rps"], cpu_us=first["cpu_us"]))
     rows.append(judged("recall@20 against exact", recall(quick, shop)))
     opened = measured("open loop", quick, rate=sizes.rate, connections=64)
     rows.append(judged("p99 at 1,500 requests/s", opened["p99_ms"], errors=opened["errors"], offered=sizes.rate))
@@ -234,7 +238,7 @@ def _rows(servers: Mapping[str, Server], shop: Shop, script: Path, runs: Mapping
     step("clicks", None)
     rows.append(judged("click to changed slate, p99 at 300/s", **clicked(quick, list(shop.histories)[:2000], per_second=sizes.clicks, seconds=sizes.seconds)))
     step("overload", None)
-    return rows + overloaded(quick, script, sizes=sizes, rps=rps["retrieval"], p99=statistics.median(r["p99_ms"] for r in runs["retrieval"])), more
+    return rows + overloaded(full, script, sizes=sizes, rps=rps["full"], p99=statistics.median(r["p99_ms"] for r in runs["full"])), more
 
 
 def _cpu(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> float: return statistics.median(r["cpu_us"] for r in runs[name])
@@ -259,7 +263,7 @@ def lines(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     "Rows for a table: contenders, then what is promised."
     contend = [{"": name, "value": f"{report['rps'][name]:,.0f} requests/s", "limit": "", "held": "", "more": f"p99 {report['p99_ms'][name]:.1f} ms, {report['cpu_us'][name]:.0f} us of CPU a request"}
                for name in report["rps"]]
-    extra = ("cpu_times", "errors", "p99_ms", "cpu_us", "cpu_us_an_event", "accepted_rps", "refused", "resident_mb", "p50_ms", "late")
+    extra = ("cpu_times", "rps", "errors", "p99_ms", "cpu_us", "cpu_us_an_event", "accepted_rps", "refused", "resident_mb", "p50_ms", "late")
     def short(x: Any) -> str: return f"{x:.3g}" if isinstance(x, float) else str(x)
     return contend + [{"": r["name"], "value": "" if r["value"] is None else f"{r['value']:,.3f}".rstrip("0").rstrip(".") + f" {r['unit']}", "limit": r["limit"], "held": "yes" if r["held"] else "NO",
                        "more": ", ".join(f"{k} {short(r[k])}" for k in extra if r.get(k) not in (None, {}))} for r in report["rows"]]

@@ -238,11 +238,11 @@ def _settle(waiters: list[tuple[asyncio.Future, Any]], error: Exception | None) 
         else: future.set_result(result)
 
 # %% ../../nbs/100_lake/100_records.ipynb #648b5156
-TURNS, COPIED = 5, 2000  # of the loop that those wait whose turn it is not; rows until what was written is copied back
+TURNS, COPIED = 5, 2000  # turns of the loop in which those try again who found another process at work; rows until what was written is copied back
 
 
 class _AtOnce:
-    "Batches of one turn of the loop, committed in its own thread where that takes no waiting; else by the lane."
+    "Batches committed by the loop in its own thread where that takes no waiting; else, those of some turns together, by the lane."
 
     def __init__(self, log: EventLog, stream: Stream, lane: _Lane, *, patience_s: float):
         self._log, self._stream, self._lane, self._patience_s, self._rows = log, stream, lane, patience_s, 0
@@ -250,6 +250,9 @@ class _AtOnce:
 
     async def put(self, rows: list[Row]) -> Any:
         "As `_Lane.put`."
+        if not self._waiting and (found := self._log.commit_at_once(self._stream, [rows])) is not None:
+            self._committed(1)
+            return found[0]
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         if (waiting := self._waiting.get(loop)) is None:
@@ -269,10 +272,13 @@ class _AtOnce:
             if results is None: return self._lane.take(group, patience_s=self._patience_s)
         except Exception as e: error = e  # noqa: BLE001  not ours to judge: it reaches every waiter
         _settle([(future, results[n] if results else None) for n, (_, _, future) in enumerate(group)], error)
-        self._rows += len(group)
+        self._committed(len(group))
+
+    def _committed(self, rows: int) -> None:
+        self._rows += rows
         if self._rows < COPIED: return
         self._rows = 0
-        loop.run_in_executor(None, self._log.copy_back, self._stream)
+        asyncio.get_running_loop().run_in_executor(None, self._log.copy_back, self._stream)
 
     def close(self) -> None:
         for group in self._waiting.values(): self._lane.take(group)

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Scope', 'Message', 'Receive', 'Send', 'App', 'JSON', 'PROBLEM', 'HTML', 'BODY_SECONDS', 'Work', 'Answer', 'refusal',
-           'ClientGone', 'read_body', 'Call', 'Endpoint', 'Routes', 'Traffic', 'request_id', 'as_refused', 'Front']
+           'ClientGone', 'read_body', 'Call', 'Endpoint', 'Routes', 'Traffic', 'as_refused', 'Front']
 
 # %% ../../nbs/600_serving/660_http.ipynb #e2d68774
 import asyncio
-import re
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
@@ -22,11 +21,11 @@ from starlette.routing import Router
 
 from .auth import KeyInfo
 from .door import Door
-from .ids import request_id as new_id
+from .ids import request_id
 from .limits import Pressure
 from .openapi import Operation
 from .problems import Refused
-from .sockets import at_once
+from .sockets import at_once, written
 from ..telemetry import TELL_SECONDS, Tally, bound, counter, gauge, histogram, line, logger, tell
 
 # %% ../../nbs/600_serving/660_http.ipynb #aac84c75
@@ -49,9 +48,16 @@ class Answer:
     kind: str = JSON
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    def _head(self, request_id: str) -> list[tuple[bytes, bytes]]:
+        return [(b"content-type", self.kind.encode()), (b"content-length", b"%d" % len(self.body)), *_ALWAYS, (b"x-request-id", request_id.encode()),
+                *((k.lower().encode(), v.encode()) for k, v in self.headers.items())]
+
+    def wire(self, request_id: str) -> bytes:
+        "All of it, for a connection that goes on."
+        return written(self.status, self._head(request_id)) + self.body
+
     async def __call__(self, send: Send, request_id: str) -> None:
-        headers = [(b"content-type", self.kind.encode()), (b"content-length", b"%d" % len(self.body)), *_ALWAYS, (b"x-request-id", request_id.encode()),
-                   *((k.lower().encode(), v.encode()) for k, v in self.headers.items())]
+        headers = self._head(request_id)
         if at_once(send, self.status, headers, self.body): return
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
@@ -181,12 +187,10 @@ class Traffic:
 
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
-def request_id(sent: bytes | None) -> str:
-    "The client's id where it is short and plain, else a new one."
-    return sent.decode() if sent and _REQUEST_ID.fullmatch(sent) else new_id()
+def _overloaded(why: str) -> Refused:
+    return Refused("overloaded", rule=f"the gateway is at its limit: {why}", remedy="send it again after a while, more slowly", headers={"Retry-After": "1"})
 
 
 def as_refused(error: Exception) -> Refused:
@@ -202,11 +206,14 @@ class Front:
 
     def __init__(self, routes: Routes, *, pressure: Pressure, life: Callable[[Any], Any] | None = None):
         self.routes, self.pressure, self.life, self.traffic = routes, pressure, Router(lifespan=life), Traffic()
+        self._refusals: dict[str, bytes] = {}  # by the length of their id, which is blank
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http": return await self.life(scope, receive, send)
         headers = dict(scope["headers"])
-        arrived = scope.get("arrived") or time.perf_counter()
+        now = time.perf_counter()
+        arrived = scope.get("arrived") or now
+        if "ahead" in scope: self.pressure.begins(scope["ahead"], now - arrived, now=now)
         call = Call(request_id(headers.get(b"x-request-id")), arrived, headers, (scope.get("client") or (None,))[0], scope.get("query_string", b""),
                     whole=scope.get("whole", False))
         status = 499  # of a client that hung up
@@ -219,13 +226,24 @@ class Front:
             except ClientGone: pass
             finally: self._done(scope["method"], call, status)
 
+    def gate(self, method: str, address: bytes, id: str) -> bytes | None:
+        "A refusal as it goes over the wire, for a request that comes when there is too much; None for one that is welcome, or a question for signs of life."
+        if self.pressure.full(now=time.perf_counter()) is None: return None
+        try: endpoint = self.routes.find(method, address.partition(b"?")[0].decode("latin1"))[0]
+        except Refused: return None
+        if not endpoint.operation.scope: return None
+        self.traffic.requests.add(method, endpoint.operation.path, "503")
+        blank = "~" * len(id)
+        if (made := self._refusals.get(blank)) is None: made = self._refusals[blank] = refusal(_overloaded("requests wait too long"), blank).wire(blank)
+        return made.replace(blank.encode(), id.encode())
+
     async def _answer(self, scope: Scope, call: Call, receive: Receive) -> Answer:
         "Every error becomes an answer."
         try:
             endpoint, call.place = self.routes.find(scope["method"], (scope.get("raw_path") or scope["path"].encode()).decode("latin1"))
             call.route, now = endpoint.operation.path, time.perf_counter()
             if endpoint.operation.scope and (why := self.pressure.too_much(now - call.started, now=now)):  # signs of life are given under any load
-                raise Refused("overloaded", rule=f"the gateway is at its limit: {why}", remedy="send it again after a while, more slowly", headers={"Retry-After": "1"})
+                raise _overloaded(why)
             return await endpoint(call, receive)
         except ClientGone: raise
         except Exception as e: return refusal(as_refused(e), call.request_id)  # noqa: BLE001  the last resort

@@ -7,6 +7,7 @@ __all__ = ['request_id', 'recommendation_id', 'seed_of']
 
 # %% ../../nbs/600_serving/604_ids.ipynb #0fab2026
 import os
+import re
 
 # %% ../../nbs/600_serving/604_ids.ipynb #3211ada8
 _ready: list[bytes] = []
@@ -21,9 +22,12 @@ def _random16() -> bytes:
     return fresh[:16]
 
 
-def request_id() -> str:
-    "16 hex digits."
-    return _random16()[:8].hex()
+_PLAIN = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+def request_id(sent: bytes | None = None) -> str:
+    "The client's id where it is short and plain, else 16 hex digits."
+    return sent.decode() if sent and _PLAIN.fullmatch(sent) else _random16()[:8].hex()
 
 # %% ../../nbs/600_serving/604_ids.ipynb #d553adb5
 def recommendation_id(now: int) -> str:  # ms UTC
