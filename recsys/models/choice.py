@@ -148,7 +148,7 @@ class _Remembering(sequential.Sequential):
     found: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, net: Any) -> "_Remembering": return cls(**{f.name: getattr(net, f.name) for f in fields(net)})
+    def of(cls, net: Any) -> "_Remembering": return cls(**{f.name: getattr(net, f.name) for f in fields(net) if f.init})
 
     def states(self, histories: Sequences, sides: Sequence[np.ndarray] = (), *, tokens: int = 2000) -> np.ndarray:
         key = histories.offsets.tobytes() + histories.values.tobytes()
