@@ -2,8 +2,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -12,18 +16,21 @@ from gateway_process import bundle, champion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.lake.eventlog import History
+from recsys.lake.eventlog import History, SQLiteEventLog
 from recsys.models import covisit, popular, release
 from recsys.models.bundle import promote
 from recsys.prep.clean import interactions
 from recsys.prep.vocab import Vocab
 from recsys.schema import AVAILABLE_FROM, CATEGORY, EVENT_TYPES, IN_STOCK, ITEM_ID, PRICE
+from recsys.serving import lists
 from recsys.serving.arrange import How
-from recsys.serving.catalogue import Catalogue
+from recsys.serving.catalogue import Catalogue, changed
 from recsys.serving.content import Content
 from recsys.serving.engine import RETRIEVAL, Engine
 from recsys.serving.live import Live
 from recsys.serving.policy import HIDE_SEEN, HIDES, codes
+from recsys.serving.question import Memory
+from recsys.serving.rules import Rule, Rules
 from recsys.serving.wire import Filters, RecommendationRequest
 from recsys.settings import Home
 from recsys.synth import DAY, T0, shop
@@ -121,3 +128,34 @@ def test_a_bundle_loads_with_the_policy_of_the_settings(tmp_path: Path, hide_see
     home = Home.open(tmp_path)
     loaded = Engine.load(home.registry / "bundles" / champion(home), how=How(hide_seen=hide_seen))
     assert loaded.how.hide_seen == hide_seen and loaded.asof == NOW and [m.name for m in loaded.models] == ["covisit", "popular"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_who_is_remembered_gets_what_a_stranger_with_the_same_past_gets(tmp_path: Path, seed: int):
+    rng, log, memory = random.Random(seed), SQLiteEventLog(tmp_path), Memory(5)
+    worker = SimpleNamespace(memory=memory, log=log)
+    plain = engine()
+    now, serving, users, n, remembered = NOW, plain, [f"u{i}" for i in range(6)], 0, 0
+    for _ in range(500):
+        act = rng.random()
+        if act < 0.25:
+            n += 1
+            log.append([{"event_id": f"e{n}", "user_id": rng.choice(users), "item_id": rng.choice([*FACTS, "late", "unknown"]), "type": rng.choice(EVENT_TYPES), "ts": now + n, "known_ts": now + n}])
+        elif act < 0.30: log.pack(after=0, upto=log.last("events"), least=1)
+        elif act < 0.33:
+            catalogue = changed(serving.catalogue, [{ITEM_ID: rng.choice([*FACTS, "late"]), IN_STOCK: rng.random() < 0.5, AVAILABLE_FROM: now + rng.choice([0, 50])}])
+            serving = replace(serving, catalogue=catalogue, content=plain.content.grown(catalogue))
+        elif act < 0.36: serving = replace(serving, rules=Rules.of(rng.choice([(), (Rule(do="block", items=(rng.choice([*FACTS]),), until=datetime.fromtimestamp((now + 30) / 1000, UTC)),)])))
+        elif act < 0.38: serving = replace(plain, bundle=f"b{n}")
+        now += rng.randrange(20)
+        user = rng.choice(users)
+        request = RecommendationRequest(user_id=user, k=rng.choice([2, 5]), surface=rng.choice([None, "basket"]), filters=rng.choice([None, None, Filters(in_stock=True)]), items=rng.choice([[], [], [], ["mug"]]))
+        known = lists._known(worker, serving, user)  # type: ignore[arg-type]
+        assert known is not None
+        before = known.found(request, serving.season(request.surface, now))
+        slate = serving.answer(lists._asked(serving, request, known, now=now), known.user_seq, now=now)
+        assert slate == serving.recommend(request, log.history(user), now=now)
+        remembered += before is not None
+        assert len(memory) <= 5
+    assert remembered > 5
+    log.close()

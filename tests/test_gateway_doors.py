@@ -11,8 +11,9 @@ import threading
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
-from gateway_process import Gateway, running, wait_for
+from gateway_process import WORKER, Gateway, running, wait_for
 
 from recsys.lake.eventlog import SQLiteEventLog
 from recsys.serving.audit import Audit
@@ -144,6 +145,65 @@ def test_beyond_its_limit_a_worker_turns_away_and_answers_what_it_took(tmp_path:
         assert log.depth("events", after=0) == statuses.count(202)  # what was turned away was not stored
         log.close()
         with Client(gateway.url, gateway.key) as client: assert client.recommend(k=1).items  # and it recovers by itself
+
+
+FULL = WORKER.replace("serve(home", """
+from recsys.serving.limits import Pressure
+as_it_is = Pressure.full
+Pressure.full = lambda self, *, now: "full" if (home.path / "full").exists() else as_it_is(self, now=now)
+serve(home""")
+
+
+def spoken(gateway: Gateway, *requests: bytes) -> list[tuple[int, bytes]]:
+    "Statuses and bodies of requests on one connection, one after the other."
+    got = []
+    with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2])), timeout=30) as connection, connection.makefile("rb") as lines:
+        for request in requests:
+            connection.sendall(request)
+            status, length = int(lines.readline().split()[1]), 0
+            while (line := lines.readline().strip()): length = int(line.partition(b":")[2]) if line.lower().startswith(b"content-length:") else length
+            got.append((status, lines.read(length)))
+    return got
+
+
+def asked(gateway: Gateway, body: bytes, *, method: str = "POST", path: str = "/v1/recommendations", more: bytes = b"") -> bytes:
+    return b"%s %s HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %s\r\ncontent-length: %d\r\n%s\r\n%s" % (method.encode(), path.encode(), gateway.key.encode(), len(body), more, body)
+
+
+def test_who_is_turned_away_at_the_gate_keeps_the_connection(tmp_path: Path):
+    with running(tmp_path / "home", program=FULL) as gateway:
+        full, list_of_one = gateway.home.path / "full", asked(gateway, b'{"k": 1}')
+        long = asked(gateway, b'{"k": 1' + b" " * 300_000 + b"}", more=b"x-request-id: mine-7\r\n")
+        full.touch()
+        first = spoken(gateway, list_of_one, long, list_of_one, asked(gateway, b"", method="GET", path="/healthz"), asked(gateway, b"", method="GET", path="/nowhere"))
+        with httpx.Client(base_url=gateway.url, headers={"Authorization": f"Bearer {gateway.key}"}) as client: last = client.post("/v1/events", json={"events": []}, headers={"Connection": "close"})
+        full.unlink()
+        assert [status for status, _ in first] == [503, 503, 503, 200, 404] and b'"mine-7"' in first[1][1] and len({body for _, body in first[:3]}) == 3
+        assert last.status_code == 503 and last.headers["retry-after"] == "1" and last.json()["request_id"] == last.headers["x-request-id"]
+        assert [status for status, _ in spoken(gateway, list_of_one, list_of_one)] == [200, 200]
+        wait_for(lambda: gateway.measured("recsys_http_requests_total") > 0 and 'status="503"' in gateway.get("/metrics").text)
+
+
+def connections_of(gateway: Gateway) -> list[int]:
+    port = int(gateway.url.rpartition(":")[2])
+    return [sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port for c in psutil.Process(w.pid).net_connections("tcp")) for w in gateway.workers if w.poll() is None]
+
+
+def test_connections_are_shared_and_nobody_waits_for_a_worker_that_is_stuck(tmp_path: Path):
+    with running(tmp_path / "home", workers=2) as gateway, contextlib.ExitStack() as stack:
+        port = int(gateway.url.rpartition(":")[2])
+        def connect(n: int) -> list[socket.socket]: return [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(n)]
+        connect(16)
+        wait_for(lambda: sum(connections_of(gateway)) == 16)
+        assert max(connections_of(gateway)) <= 10
+        gateway.workers[0].send_signal(signal.SIGSTOP)
+        try:
+            connect(8)
+            for _ in range(3): assert gateway.recommend(k=1).status_code == 200
+        finally: gateway.workers[0].send_signal(signal.SIGCONT)
+        gateway.workers[0].kill()
+        gateway.workers[0].wait()
+        assert gateway.recommend(k=1).status_code == 200
 
 
 def test_a_flood_is_shed_and_nothing_else_fails(tmp_path: Path):
