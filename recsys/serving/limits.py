@@ -73,11 +73,12 @@ class Pressure:
     def __init__(self, *, target: float, most: int):
         self.target, self.most, self.under_way = target, most, 0
         self.queued, self._pace = 0, 0.0  # requests that have come and not begun, and the seconds that each of them waits for the one before it, about
-        self._calm = self._late_at = -INTERVAL  # when all that were queued had begun in time, and when one had not
+        self._calm = self._late_at = self._empty = -INTERVAL  # when all that were queued had begun in time, when one had not, and when the last of them had begun
         self._late, self._stands = False, False  # one of those that are queued; the queue
 
-    def comes(self) -> int:
+    def comes(self, *, now: float) -> int:
         "A request has come, and will begin in its turn; how many are before it."
+        if not self.queued and now - self._empty > self.target: self._calm = now  # there was nothing to do
         self.queued += 1
         return self.queued - 1
 
@@ -87,6 +88,7 @@ class Pressure:
         if ahead >= SOME: self._pace += (waited / ahead - self._pace) / 64
         if waited >= self.target: self._late, self._late_at = True, now
         if self.queued: return
+        self._empty = now
         if not self._late: self._calm = now
         self._late = False
 
