@@ -86,8 +86,8 @@ class Connection(HttpToolsProtocol):
         self.heard, self.head, self.inside = None, 0, True
         if first and self.gate is not None and self.refused_at_the_gate(): return
         super().on_headers_complete()
-        self.scope["arrived"] = time.perf_counter()  # type: ignore[typeddict-unknown-key]
-        if first and self.pressure is not None: self.scope["ahead"] = self.pressure.comes(now=self.scope["arrived"])  # type: ignore[typeddict-unknown-key]
+        self.scope["arrived"] = now = time.perf_counter()  # type: ignore[typeddict-unknown-key]
+        if first and self.pressure is not None: self.scope["ahead"] = self.pressure.comes(now=now)  # type: ignore[typeddict-unknown-key]
         if self.draining: self.cycle.keep_alive = False
 
     def refused_at_the_gate(self) -> bool:
