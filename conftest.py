@@ -69,8 +69,8 @@ DATA = Path(os.environ.get("RECSYS_DATA", Path(__file__).parent.parent / "shared
 PROGRAMS = {"browser": ("chromium",), "redis": ("redis-server", "valkey-server")}
 
 
-LONGEST = ("test_ring.py", "test_pipelines.py", "test_feature_store.py", "test_trainer.py", "test_features_online.py", "test_writer.py", "test_bench_features.py", "test_bench.py",
-           "test_features_served.py", "test_platform.py", "test_dashboard.py", "test_flows.py")  # begun first, so that two workers end together
+LONGEST = ("test_ring.py", "train_a_ranker.ipynb", "test_pipelines.py", "test_feature_store.py", "test_trainer.py", "test_features_online.py", "test_writer.py",
+           "test_bench_features.py", "test_bench.py", "test_features_served.py", "test_platform.py", "test_dashboard.py", "test_flows.py")  # begun first, so that two workers end together
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

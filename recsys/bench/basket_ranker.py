@@ -237,14 +237,14 @@ def in_words(report: Mapping[str, Any]) -> list[str]:
         f"Retrieval's {report['plan']['depth']} candidates hold {a['found'] + a['lost_order'] + a['lost_no_place']:.1%} of a basket, and in the best order of them ten places {a['found'] + a['lost_order']:.1%}; the ranker finds {a['found']:.1%}.",
         f"{a['bought_before']:.1%} of a basket was bought before by this customer, and of that {a['found_of_bought_before']:.1%} is found; of what is new to them {a['found_of_new_to_them']:.1%}.",
         f"{a['no_history']:.1%} of the baskets are a customer's first, of whom nothing is known; {a['lost_new_items']:.1%} of a basket are items that nobody had bought before the split.",
-        f"Counts of the day are worth more than the model: over retrieval the ranker gains {fresh:+.1%} of its recall with them and {stale:+.1%} with those of the split, {report['days']:.0f} days old at the end."
-        if fresh > 2 * stale else f"Over retrieval the ranker gains {fresh:+.1%} of its recall with the counts of the day and {stale:+.1%} with those of the split, {report['days']:.0f} days old at the end.",
+        f"Over retrieval the ranker gains {fresh:+.1%} of its recall with the counts of the day, and {stale:+.1%} with those of the split, which are {report['days']:.0f} days old at the end.",
+        *(f"Of a first basket the ranker finds {k['ranker, recall@10']:.1%} and popular items {k['popular, recall@10']:.1%}: there is nothing to rank by." for k in report["kinds"] if k["kind"] == "first basket"),
         f"The largest hundredth of the baskets has {a['money_of_largest_hundredth']:.1%} of the money, so money is counted as a share of each basket.",
         f"The chances are {'too high' if a['chance_said'] > a['chance_happened'] else 'too low'} by {abs(a['chance_said'] / max(a['chance_happened'], 1e-12) - 1):.0%} on the mean ({a['chance_said']:.4f} said, {a['chance_happened']:.4f} bought; error {a['calibration_error']:.4f}): the weeks that they were calibrated on were others."]
 
 # %% ../../nbs/800_bench/828_basket_ranker.ipynb #c86a740b
-LOST = {"found": ("found", "#2a6f97"), "lost_order": ("proposed, lost to others", "#89c2d9"), "lost_no_place": ("no place in ten", "#d9d9d9"),
-        "lost_not_proposed": ("not proposed", "#bdbdbd"), "lost_new_items": ("items of nobody yet", "#969696")}
+LOST = {"found": ("found", "#2a6f97"), "lost_order": ("proposed, others were put first", "#89c2d9"), "lost_no_place": ("no place in ten", "#e3e3e3"),
+        "lost_not_proposed": ("not proposed", "#c2c2c2"), "lost_new_items": ("new to the shop", "#969696")}
 
 
 def _dots(axis: Any, report: Mapping[str, Any], metric: str) -> None:
@@ -255,14 +255,15 @@ def _dots(axis: Any, report: Mapping[str, Any], metric: str) -> None:
         axis.errorbar(i["mean"], y, xerr=[[i["mean"] - i["low"]], [i["high"] - i["mean"]]], fmt="o", capsize=3, color="#2a6f97" if name.startswith("ranker") else "#555555")
         axis.annotate(f"{i['mean']:.3f}", (i["mean"], y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
     axis.axvline(report["models"]["frequency"][metric]["mean"], color="tab:orange", linewidth=1, linestyle="--")
-    axis.set(yticks=range(len(names)), yticklabels=list(reversed(names)), xlabel=f"{metric}, 95 %", ylim=(-0.6, len(names) - 0.3))
+    axis.locator_params(axis="x", nbins=6)
+    axis.set(yticks=range(len(names)), yticklabels=list(reversed(names)), xlabel=f"{metric}, mean of baskets, 95 %; dashed: frequency", ylim=(-0.6, len(names) - 0.3))
 
 
 def plot(report: Mapping[str, Any], file: Path) -> None:
     "Both metrics of every model, and where the rest of a basket is lost."
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9.5, 4.6), dpi=100, layout="constrained")
-    halves: Any = figure.subfigures(2, 1, height_ratios=(3, 1.15))
+    figure = Figure(figsize=(9.5, 4.8), dpi=100, layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=(3.3, 1))
     top, bottom = halves
     for axis, metric in zip(top.subplots(1, 2, sharey=True), METRICS, strict=True): _dots(axis, report, metric)
     axis, left = bottom.subplots(), 0.0
@@ -271,8 +272,9 @@ def plot(report: Mapping[str, Any], file: Path) -> None:
         axis.barh(0, width, left=left, color=colour, label=label)
         if width > 0.03: axis.text(left + width / 2, 0, f"{width:.0%}", ha="center", va="center", fontsize=8, color="white" if name == "found" else "black")
         left += width
-    axis.set(xlim=(0, 1), yticks=[], xlabel="share of a basket's items, mean: what the ranker finds and where the rest is lost")
-    axis.legend(ncols=5, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axis.set(xlim=(0, 1), yticks=[], xticks=[], xlabel="where the items of a basket are: what the ranker finds, and where it loses the rest")
+    for side in axis.spines.values(): side.set_visible(False)
+    axis.legend(ncols=5, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 0.95), frameon=False)
     figure.savefig(file)
 
 
