@@ -79,7 +79,7 @@ class Slate:
         return replace(self, tier=lower(self.tier, WITHOUT_FEATURES))
 
 # %% ../../nbs/600_serving/620_engine.ipynb #34809c51
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Asked:
     "A question with its candidates: what stays as it is until the shopper does something, or the season changes (see `Engine.season`)."
 

@@ -7,6 +7,7 @@ __all__ = ['OPERATIONS', 'DRAIN_SECONDS', 'described', 'create_app', 'front', 'N
 
 # %% ../../nbs/600_serving/670_gateway.ipynb #926be450
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -128,6 +129,7 @@ def serve(home: Home, settings: Settings, *, host: str, port: int, fd: int | Non
                             proxy_headers=False, timeout_keep_alive=75, timeout_graceful_shutdown=DRAIN_SECONDS,
                             ssl_context_factory=(lambda config, default: context) if context else None)
     logging.getLogger("uvicorn.error").setLevel("ERROR")  # what clients do wrong is answered, and counted
+    gc.set_threshold(700, 10, 10_000)  # a look at all that is kept takes 0.1 s with 10,000 shoppers remembered: what is in circles here dies young, or with a bundle (see `Live`)
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: None)  # uvicorn raises it again after the drain
     server = _Server(config, listener, home.run / f"connections-{listener.getsockname()[1]}", made, gate=not settings.gateway.origins)  # a page of another origin reads no refusal without CORS' headers
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner: runner.run(_run(server, settings))

@@ -146,11 +146,13 @@ class Live:
             rows = self._read(lambda: changes.since(new.mark)) if changes is not None else []
             old, self.engine = self.engine, self._over(replace(new, rules=self._rules, lists=self._lists), rows)
         if old: self._counts.info.labels(old.bundle, old.models[0].name).set(0)
+        before, old = old.bundle if old else None, None
         self._counts.info.labels(new.bundle, new.models[0].name).set(1)
         self._counts.asof.set(new.asof / 1000)
         self._counts.swaps.inc()
+        gc.collect()
         gc.freeze()  # the collector need not look at the catalogue again: its pauses would be seen in p99
-        logger("recsys.engine").info("bundle in place", bundle=new.bundle, model=new.models[0].name, before=old.bundle if old else None)
+        logger("recsys.engine").info("bundle in place", bundle=new.bundle, model=new.models[0].name, before=before)
 
     async def follow(self, *, every: float = 0.25) -> None:
         "Look for ever; loads and reads in a thread, so that answers go on."

@@ -31,7 +31,7 @@ def distinct(items: np.ndarray) -> np.ndarray:
     return items[first]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Past:
     "What a shopper did, in the catalogue's numbers. Nobody writes to these arrays, so that a model may keep what it made of them."
 
@@ -70,7 +70,7 @@ def question(catalogue: Catalogue, how: How, request: RecommendationRequest, pas
 SURFACES = 8  # lists kept of a shopper
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Known:
     "What is kept of one shopper."
 
@@ -93,7 +93,7 @@ class Known:
 class Memory:
     "The shoppers who asked last. For one thread."
 
-    def __init__(self, most: int):  # shoppers, some 5 kB each
+    def __init__(self, most: int):  # shoppers, some 13 kB each
         self.most = most
         self._known: dict[str, Known] = {}
 
