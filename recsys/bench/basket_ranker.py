@@ -22,8 +22,7 @@ from .basket_lists import NAMES, Lists, Log, feedback, listed, together
 from .baskets import SHOP, invoices, weights_of
 from .harness import machine
 from ..models.ranker import Ranker
-from ..models.rankfit import fit
-from ..models.rankjudge import opinions
+from ..models.rankfit import examples, fit
 from ..models.registry import code_hash
 from ..models.release import described
 from ..schema import ITEMS, TS
@@ -70,7 +69,8 @@ def learned(past: Sequence[Lists], like: Lists, *, seed: int, decay: float, froz
 
 def bought_chance(ranker: Ranker, lists: Lists, *, frozen: bool = False) -> np.ndarray:
     "float [Q, C]: of each candidate."
-    return opinions(ranker, feedback(lists, frozen=frozen), lists.vocab)[1][:, 2].reshape(lists.items.shape)
+    some = examples(feedback(lists, frozen=frozen), ranker.facts, lists.vocab, ranker.scales)
+    return ranker.chances(ranker.scales.scaled(some.raw), some.items)[:, 2].reshape(lists.items.shape)
 
 # %% ../../nbs/800_bench/828_basket_ranker.ipynb #09caeb2d
 @dataclass(frozen=True)
