@@ -177,10 +177,10 @@ def bench_serving(
 @bench_app.command("loop", epilog="Example: recsys bench loop --seeds 0,1,2,3,4")
 def bench_loop(
     seeds: Annotated[str, typer.Option(help="Comma separated: a shop each.")] = "0,1,2,3,4",
-    days: Annotated[int, typer.Option(min=1, help="Days that the shop is watched.")] = 10,
+    days: Annotated[int, typer.Option(min=1, help="Days that the shop is watched.")] = 8,
     before: Annotated[int, typer.Option(min=5, help="Days of history without recommendations.")] = 60,
     shoppers: Annotated[int, typer.Option(min=10)] = 800,
-    items: Annotated[int, typer.Option(min=40)] = 300,
+    items: Annotated[int, typer.Option(min=40)] = 2000,
     policies: Annotated[str, typer.Option(help="Comma separated: random, popular, covisit, retrieval, full.")] = "random,popular,covisit,retrieval,full",
     processes: Annotated[int, typer.Option(min=1)] = 2,
     results: ResultsOption = None,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import polars as pl
 
-from ..features.definitions import SERVICES
+from ..features.definitions import SERVICES, Service
 from .rankinputs import Facts, Scales, matches, raw_inputs
 
 # %% ../../nbs/500_models/574_ranker.ipynb #b9f13130
@@ -108,6 +108,11 @@ class Ranker:
         if gone := [name for name in self.scales.features if name not in at]:
             raise RankerError(f"feature {gone[0]!r}: the ranker was fitted with it and it is not served; bring it back, or retrain")
         return rows.values[:, [at[name] for name in self.scales.features]]
+
+    def unserved(self, service: Service) -> str | None:
+        "Why it cannot rank with what a service gives; None where it can."
+        gone = next((name for name in self.scales.features if name not in service.inputs), None)
+        return f"the ranker was fitted on {self.service}, and {service.name} has no {gone!r}; set [features] service = {self.service}, or retrain" if gone else None
 
     def rank(self, query: Asked, candidates: Found, rows: Rows | None) -> np.ndarray:
         "float32 [C], higher is better. Without rows, by what retrieval and the history say. Raises RankerError."

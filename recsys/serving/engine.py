@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..features.definitions import Service
 from ..lake.eventlog import History
 from ..models import release
 from ..models.bundle import BundleError
@@ -146,17 +147,17 @@ class Engine:
     _itself: object = field(default_factory=object, init=False, repr=False)  # no two engines have the same
 
     @classmethod
-    def load(cls, path: str | Path, *, how: How = How()) -> "Engine":
-        "Verify and load a bundle's folder, and try it. Raises BundleError."
+    def load(cls, path: str | Path, *, how: How = How(), service: Service | None = None) -> "Engine":
+        "Verify and load a bundle's folder, and try it; a ranker that reads what `service`, where given, does not serve is refused. Raises BundleError."
         found = release.load(path)
-        models = tuple(found.models.values())
+        models, without = tuple(found.models.values()), found.without or (found.ranker.unserved(service) if found.ranker and service else None)
         if models[-1].name != "popular":
             raise BundleError(f"{path}: its last model is {models[-1].name}, but the floor must be popular; train again")
         about, data = found.manifest.about, found.manifest.about.get("data") or {}
         counts = getattr(models[-1], "counts", np.ones(len(found.vocab)))
         engine = cls(found.id, data.get("asof") or about["created"], str(data.get("items_version") or found.id), models, Catalogue.of(found.items, found.vocab), how,
-                     ranker=found.ranker, content=Content.of(found.items, counts == 0), mark=Mark.of(about), without=found.without)
-        if found.without: logger("recsys.engine").error("ranker refused", bundle=found.id, why=found.without)
+                     ranker=None if without else found.ranker, content=Content.of(found.items, counts == 0), mark=Mark.of(about), without=without)
+        if without: logger("recsys.engine").error("ranker refused", bundle=found.id, why=without)
         tried = engine.recommend(RecommendationRequest(items=found.vocab.ids.head(3).to_list()), None, now=about["created"])
         if tried.tier != engine.best: raise BundleError(f"{path}: it fails on a first question; see the log, and train again")
         return engine

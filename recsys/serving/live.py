@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..features.definitions import Service
 from ..lake.eventlog import EventLog, EventLogError
 from ..models.bundle import BundleError, current
 from ..schema import ITEM_ID
@@ -61,8 +62,8 @@ def _give_back() -> None:
 class Live:
     "The engine that serves now."
 
-    def __init__(self, home: Home, log: EventLog | None = None, *, how: How = How()):
-        self.registry, self.how, self._changes = home.registry, how, Changes(log) if log is not None else None
+    def __init__(self, home: Home, log: EventLog | None = None, *, how: How = How(), service: Service | None = None):
+        self.registry, self.how, self.service, self._changes = home.registry, how, service, Changes(log) if log is not None else None
         self.behind: str | None = None  # why changes of the catalogue cannot be read
         self.engine: Engine | None = None
         self.refused: str | None = None  # why the champion is not served, where it is not
@@ -88,7 +89,7 @@ class Live:
             if pointer is None: return ruled
             same = self.engine is not None and self.engine.bundle == pointer.bundle
             if not same:
-                self._place(Engine.load(self.registry / "bundles" / pointer.bundle, how=self.how))
+                self._place(Engine.load(self.registry / "bundles" / pointer.bundle, how=self.how, service=self.service))
                 _give_back()
         except (OSError, BundleError) as e: return self._refuse(str(e)) or ruled
         self.refused = None

@@ -64,7 +64,7 @@ class Worker:
     def open(cls, home: Home, settings: Settings, *, clock: Callable[[], int] | None = None) -> "Worker":
         "Open everything in a home; makes what is missing. Raises VaultError or EventLogError."
         log, gateway = open_log(home, settings), settings.gateway
-        live = Live(home, log, how=How.of(settings))
+        live = Live(home, log, how=How.of(settings), service=SERVICES[settings.features.service])
         door = Door(Keys(home.keys), Audit(home.audit), Rates(home.run / "rates"), gateway.rate_per_second, gateway.rate_burst)
         return cls(home, settings, door, Vault.open(home.keys), log, GroupCommit(log), live, LiveFeatures(home, settings, service=SERVICES[settings.features.service]),
                    Pressure(target=gateway.max_wait_ms / 1000, most=gateway.max_under_way), Counts(), Memory(gateway.remembered), clock or (lambda: time.time_ns() // 1_000_000))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/400_training/475_ranknet.ipynb #a2753c91
-PLACES = 50  # places that have a number of their own; later ones share the last
+PLACES = 50  # later places count as this one
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Shape:
 
     hidden: int = 24
     epochs: int = 6
-    least_steps: int = 400  # small logs are read more often
+    least_steps: int = 200  # small logs are read more often
     batch: int = 512  # slots
     lr: float = 3e-3
-    decay: float = 0.3  # of weights (Loshchilov & Hutter 2019)
-    decay_items: float = 1.0  # of each item's own number: it needs many impressions to say something
+    decay: float = 3.0  # of weights (Loshchilov & Hutter 2019): a day of a small shop has a hundred clicks
+    decay_items: float = 3.0  # of each item's own number: it needs many impressions to say something
 
 
 class Net(nn.Module):
@@ -36,8 +36,8 @@ class Net(nn.Module):
     def __init__(self, inputs: int, items: int, shape: Shape, base: np.ndarray):
         super().__init__()
         self.line, self.bend, self.out = nn.Linear(inputs, 3), nn.Linear(inputs, shape.hidden), nn.Linear(shape.hidden, 3, bias=False)
-        self.item, self.place = nn.Embedding(items, 1), nn.Embedding(PLACES, 1)
-        for weight in (self.line.weight, self.out.weight, self.item.weight, self.place.weight): nn.init.zeros_(weight)
+        self.item, self.fall = nn.Embedding(items, 1), nn.Parameter(torch.zeros(1))
+        for weight in (self.line.weight, self.out.weight, self.item.weight): nn.init.zeros_(weight)
         with torch.no_grad(): self.line.bias.copy_(torch.from_numpy(base))
 
     def forward(self, x: Tensor, item: Tensor) -> Tensor:
@@ -83,21 +83,21 @@ def fit(
         net = Net(inputs.shape[1], count, shape, rates(done))
         _learn(net, _tensors(inputs, items, places, done, weights), shape)
     out = {name: p.detach().numpy().copy() for name, p in net.named_parameters()}
-    place = out.pop("place.weight")[:, 0]
-    return {**out, "place": place - place[0]}
+    fall = max(float(out.pop("fall")[0]), 0.0)  # nobody looks at later places first
+    return {**out, "place": -fall * np.log(np.arange(1, PLACES + 1, dtype=np.float32))}
 
 # %% ../../nbs/400_training/475_ranknet.ipynb #cd1120e3
 def _tensors(inputs: np.ndarray, items: np.ndarray, places: np.ndarray, done: np.ndarray, weights: np.ndarray | None) -> tuple[Tensor, ...]:
     every = np.ones(len(inputs), np.float32) if weights is None else weights
-    return (torch.from_numpy(np.ascontiguousarray(inputs, np.float32)), torch.from_numpy(items.astype(np.int64)), torch.from_numpy(np.clip(places, 1, PLACES).astype(np.int64) - 1),
+    return (torch.from_numpy(np.ascontiguousarray(inputs, np.float32)), torch.from_numpy(items.astype(np.int64)), torch.from_numpy(np.log(np.clip(places, 1, PLACES))[:, None].astype(np.float32)),
             torch.from_numpy(done.astype(np.float32)), torch.from_numpy(_steps(done) * every[:, None]))
 
 # %% ../../nbs/400_training/475_ranknet.ipynb #ed07f24d
 def _learn(net: Net, data: tuple[Tensor, ...], shape: Shape) -> None:
     "AdamW over all slots in a new order each time; the three losses are sums over the slots of their step."
-    kinds: Mapping[str, list[Tensor]] = {"free": [net.line.bias, net.place.weight], "items": [net.item.weight], "rest": []}
+    kinds: Mapping[str, list[Tensor]] = {"free": [net.line.bias, net.fall], "items": [net.item.weight], "rest": []}
     for name, p in net.named_parameters():
-        if name not in ("line.bias", "place.weight", "item.weight"): kinds["rest"].append(p)
+        if name not in ("line.bias", "fall", "item.weight"): kinds["rest"].append(p)
     decay = {"free": 0.01, "items": shape.decay_items, "rest": shape.decay}
     optimizer = torch.optim.AdamW([{"params": params, "weight_decay": decay[kind], "lr": shape.lr * (10 if kind == "free" else 1)} for kind, params in kinds.items()])
     total, done = max(shape.epochs * -(-len(data[0]) // shape.batch), shape.least_steps), 0
@@ -106,7 +106,7 @@ def _learn(net: Net, data: tuple[Tensor, ...], shape: Shape) -> None:
         for some in torch.randperm(len(data[0])).split(shape.batch)[:total - done]:
             x, item, place, target, weight = (part[some] for part in data)
             logits = net(x, item)
-            logits = torch.cat([logits[:, :1] + net.place(place), logits[:, 1:]], 1)
+            logits = torch.cat([logits[:, :1] - net.fall * place, logits[:, 1:]], 1)
             loss = nn.functional.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="sum") / len(some)
             optimizer.zero_grad()
             (10 * loss).backward()

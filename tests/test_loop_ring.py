@@ -1,0 +1,93 @@
+"""A ranker from what was shown: the real retrain with impressions in the lake fits, judges and ships it, and the gateway answers in its order; and what it must not serve is refused once."""
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import polars as pl
+import pytest
+
+from recsys.bench import loop
+from recsys.bench.loop import Clock, Plan
+from recsys.features.definitions import RANKER_V1, SERVICES
+from recsys.lake.tables import Lake
+from recsys.models import bundle, release
+from recsys.ops import flows
+from recsys.serving.auth import Keys
+from recsys.serving.engine import Engine
+from recsys.serving.gateway import create_app
+from recsys.settings import Home, Settings, load
+from recsys.simulator import World
+from recsys.synth import DAY, T0
+
+PLAN = Plan(shoppers=260, items=150, before=14, days=2, explore=0.3)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    "Two days of lists in the lake, as the gateway and the writer put them there, and a retrain by its notebooks."
+    folder = tmp_path_factory.mktemp("loop")
+    loop.run("full", 0, PLAN, folder)
+    home = Home.open(folder / "full-0")
+    shutil.rmtree(home.registry)  # the watch has champions of its own; the shop of this test has none yet
+    (home.path / "settings.ini").write_text("[features]\nservice = ranker_v1\n[policy]\nexplore = 0.3\n[ranker]\nleast = 20\n[gate]\ntolerance = 0.5\n")
+    return home
+
+
+def answers(home: Home, settings: Settings, users: list[str]) -> list[dict[str, Any]]:
+    "What the gateway says to some shoppers, a day after the watch."
+    clock = Clock(World(PLAN.size(0), start_ms=T0).start_ms + (PLAN.before + PLAN.days) * DAY)
+    keys = Keys(home.keys)
+    key = keys.create(["recs:read"], name="test")
+    keys.close()
+    app = create_app(home, settings, clock=clock)
+
+    async def ask() -> list[dict[str, Any]]:
+        async with app.life.lifespan_context(app), httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://shop", headers={"Authorization": f"Bearer {key}"}) as client:
+            return [(await client.post("/v1/recommendations", json={"user_id": user, "k": 5, "filters": {"in_stock": True}})).json() for user in users]
+    return asyncio.run(ask())
+
+
+def test_a_retrain_ships_a_ranker_and_the_gateway_serves_in_its_order(shop: Home, capsys: pytest.CaptureFixture):
+    settings = load({}, home=shop.path)
+    done = flows.run("retrain", {}, home=shop, settings=settings, runs=shop.path / "runs")
+    said = json.loads((Path(done.folder) / "05_publish.json").read_text())
+    ranking = said["ranking"]
+    assert said["promoted"] and ranking["promote"], ranking["why"]
+    assert ranking["feedback"]["with features"] == ranking["feedback"]["slots"] > 0 and ranking["gain"]["low"] <= ranking["gain"]["mean"] <= ranking["gain"]["high"] and ranking["curve"]
+    champion = bundle.champion(shop.registry)
+    assert bundle.manifest(champion).about["ranker"] and release.load(champion).ranker is not None
+    found = answers(shop, settings, ["shopper-00001", "shopper-00002", "nobody-yet"])
+    assert [a["tier"] for a in found] == ["full"] * 3 and all(len(a["items"]) == 5 for a in found)  # a shopper that nobody has met yet is ranked, too
+
+    capsys.readouterr()
+    other = replace(settings, features=replace(settings.features, service="retrieval_v1"))
+    found = answers(shop, other, ["shopper-00001", "shopper-00002"])
+    log = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    refused = [line for line in log if line["event"] == "ranker refused"]
+    assert [a["tier"] for a in found] == ["without ranker"] * 2
+    assert len(refused) <= 1 and not [line for line in log if line["event"] == "ranker failed"]  # said once, and not at every answer
+
+
+def test_a_ranker_of_other_features_is_refused_when_it_is_loaded(shop: Home):
+    champion = bundle.champion(shop.registry)
+    if not bundle.manifest(champion).about["ranker"]: pytest.skip("the test before ships it")
+    served, other = Engine.load(champion, service=RANKER_V1), Engine.load(champion, service=SERVICES["retrieval_v1"])
+    assert served.ranker is not None and served.best == "full"
+    assert other.ranker is None and other.best == "without ranker" and "set [features] service = ranker_v1, or retrain" in str(other.without)
+
+
+def test_an_empty_impression_and_a_shop_without_any(shop: Home):
+    from recsys.training.feedback import gather
+    lake = Lake(shop.lake)
+    some = lake.scan("impressions")
+    empty = some.with_columns(pl.col("slots").list.head(0))
+    assert len(gather(empty, lake.scan("events"), asof=10**15)) == 0 == len(gather(some.filter(pl.lit(False)), lake.scan("events"), asof=10**15))
+    both = gather(pl.concat([some, empty.with_columns(pl.col("recommendation_id") + "-e")]), lake.scan("events"), asof=10**15)
+    assert len(both) == len(gather(some, lake.scan("events"), asof=10**15)) > 0 and np.isfinite(both.slots["place"].to_numpy()).all()
