@@ -36,8 +36,8 @@ class Model:
         if (home.path / "broken-model").exists(): raise FloatingPointError("overflow")
         return getattr(self.inner, name)
 sound = Engine.load
-def breakable(path, *, how):
-    engine = sound(path, how=how)
+def breakable(path, **more):
+    engine = sound(path, **more)
     return replace(engine, models=(Model(engine.models[0]), *engine.models[1:]), ranker=Ranker())
 Engine.load = staticmethod(breakable)
 """
