@@ -284,7 +284,8 @@ def reliable(nights: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not curves: return None
     bins = pl.concat([pl.DataFrame(c).with_row_index("bin") for c in curves]).group_by("bin").agg(
         pl.col("count").sum(), *((pl.col(name) * pl.col("count")).sum() / pl.col("count").sum() for name in ("said", "happened"))).sort("bin").drop("bin")
-    return {"curve": bins.to_dicts(), "ece": float((bins["count"] * (bins["said"] - bins["happened"]).abs()).sum() / bins["count"].sum())}
+    off, count = (bins["said"] - bins["happened"]).abs().to_numpy(), bins["count"].to_numpy()
+    return {"curve": bins.to_dicts(), "ece": float((count * off).sum() / count.sum())}
 
 # %% ../../nbs/800_bench/850_loop.ipynb #552127ad
 def _sums(runs: Sequence[Mapping[str, Any]], policy: str, *, ours: str = "reward", theirs: str = "best", since: int = 0) -> dict[tuple[int, int], np.ndarray]:
