@@ -29,11 +29,18 @@ from recsys.synth import DAY, T0
 PLAN = Plan(shoppers=260, items=150, before=14, days=2, explore=0.3)
 
 
+def cheapest(world: World, shopper: int, slate: list[str], ts: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    "Shoppers who open what costs least, and so leave no doubt: which lists they get is drawn anew each time."
+    return [(min(slate, key=lambda item: world.goods.price[world.item_index(item)]), "view")] if slate else []
+
+
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Home:
     "Two days of lists in the lake, as the gateway and the writer put them there, and a retrain by its notebooks."
     folder = tmp_path_factory.mktemp("loop")
-    loop.run("full", 0, PLAN, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "respond", cheapest)
+        loop.run("full", 0, PLAN, folder)
     home = Home.open(folder / "full-0")
     shutil.rmtree(home.registry)  # the watch has champions of its own; the shop of this test has none yet
     (home.path / "settings.ini").write_text("[features]\nservice = ranker_v1\n[policy]\nexplore = 0.3\n[ranker]\nleast = 20\n[gate]\ntolerance = 0.5\n")
