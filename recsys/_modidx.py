@@ -241,6 +241,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'recsys.bench.serving.capacity': ('800_bench/serving.html#capacity', 'recsys/bench/serving.py'),
                                       'recsys.bench.serving.contenders': ('800_bench/serving.html#contenders', 'recsys/bench/serving.py'),
                                       'recsys.bench.serving.cpu_seconds': ('800_bench/serving.html#cpu_seconds', 'recsys/bench/serving.py'),
+                                      'recsys.bench.serving.first_lists': ('800_bench/serving.html#first_lists', 'recsys/bench/serving.py'),
                                       'recsys.bench.serving.judged': ('800_bench/serving.html#judged', 'recsys/bench/serving.py'),
                                       'recsys.bench.serving.keep': ('800_bench/serving.html#keep', 'recsys/bench/serving.py'),
                                       'recsys.bench.serving.lines': ('800_bench/serving.html#lines', 'recsys/bench/serving.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RULES', 'ASK', 'Step', 'OURS', 'EXPLORE', 'Rule', 'judged', 'Sizes', 'loaded', 'cpu_seconds', 'batch_template',
-           'recall', 'with_features', 'contenders', 'capacity', 'resident', 'overloaded', 'serving', 'about', 'summary',
-           'lines', 'plot', 'keep']
+           'recall', 'with_features', 'contenders', 'capacity', 'resident', 'overloaded', 'serving', 'first_lists',
+           'about', 'summary', 'lines', 'plot', 'keep']
 
 # %% ../../nbs/800_bench/880_serving.ipynb #e11a2a73
 import json
@@ -146,9 +146,9 @@ EXPLORE = {"RECSYS_POLICY_EXPLORE": "0.1"}
 
 @contextmanager
 def contenders(shop: Shop, full: Shop, peers: Path, cache: Path, histories: Path, *, sizes: Sizes, seed: int, step: Step) -> Iterator[dict[str, Server]]:
-    "All servers, waiting: ours in both tiers, and once more with no memory of shoppers, so that each list is a first one; and each peer in the forms whose better one counts."
+    "All servers, waiting: ours in both tiers, and each peer in the forms whose better one counts."
     with ExitStack() as stack:
-        found = {"retrieval, first lists": stack.enter_context(ours("first", shop, workers=sizes.workers, RECSYS_GATEWAY_REMEMBERED="0")), "retrieval": stack.enter_context(ours("retrieval", shop, workers=sizes.workers)), "full": stack.enter_context(ours("full", full, workers=sizes.workers, **EXPLORE))}
+        found = {"retrieval": stack.enter_context(ours("retrieval", shop, workers=sizes.workers)), "full": stack.enter_context(ours("full", full, workers=sizes.workers, **EXPLORE))}
         for name, more in (("fastapi_onnx_faiss", ("--cache", str(cache))), ("fastapi_torch", ())):
             script = peers / f"serve_{name}.py"
             for workers in (1, 2):
@@ -208,8 +208,10 @@ def serving(root: Path, work: Path, *, sizes: Sizes = Sizes(), seed: int = 1, pr
     shop = open_shop(Home.open(work / "homes" / "retrieval"), peers, histories, items=sizes.items, seed=seed)
     full = with_features(shop, work / "homes" / "full", seed=seed)
     with contenders(shop, full, peers, work / "cache", histories, sizes=sizes, seed=seed, step=step) as servers:
-        runs = capacity({name: server for name, server in servers.items() if server.name != "first"}, script, sizes=sizes, step=step)
+        runs = capacity(servers, script, sizes=sizes, step=step)
         rows, more = _rows(servers, shop, script, runs, sizes, step)
+    row, more["retrieval, first list of each shopper"] = first_lists(shop, script, runs, sizes, step)
+    rows.insert(2, row)
     shutil.rmtree(work / "homes")
     return {**summary(runs, rows), "rows": rows, "runs": runs | more, "index": dict(shop.report), "sizes": asdict(sizes), "seed": seed, "machine": about()}
 
@@ -222,23 +224,29 @@ def _rows(servers: Mapping[str, Server], shop: Shop, script: Path, runs: Mapping
         more[name] = loaded(server, script, sizes, mine=True, **how)
         return more[name]
     rows = [judged(f"requests/s, of {name}'s", rps["retrieval"] / rps[name], cpu_times=_cpu(runs, name) / _cpu(runs, "retrieval")) for name in ("fastapi_torch", "fastapi_onnx_faiss")]
-    first = measured("retrieval, first list of each shopper", servers["retrieval, first lists"])
-    rows.append(judged("first lists, requests/s, of fastapi_onnx_faiss's", first["rps"] / rps["fastapi_onnx_faiss"], cpu_times=_cpu(runs, "fastapi_onnx_faiss") / (first["cpu_us"] or 1),
-                       rps=first["rps"], cpu_us=first["cpu_us"]))
     rows.append(judged("recall@20 against exact", recall(quick, shop)))
     opened = measured("open loop", quick, rate=sizes.rate, connections=64)
     rows.append(judged("p99 at 1,500 requests/s", opened["p99_ms"], errors=opened["errors"], offered=sizes.rate))
     rows.append(judged("full tier, capacity", rps["full"]))
     opened = measured("full tier, open loop", full, rate=sizes.full_rate, connections=64)
     rows.append(judged("full tier, p99 at 600 requests/s", opened["p99_ms"], errors=opened["errors"], offered=sizes.full_rate))
+    step("clicks", None)  # before the floods of events, for there is no writer here that would pack them
+    clicks = judged("click to changed slate, p99 at 300/s", **clicked(quick, list(shop.histories)[:2000], per_second=sizes.clicks, seconds=sizes.seconds))
     singles = measured("events, one a post", quick, path="/v1/events", connections=64)
     rows.append(judged("single events", singles["rps"], p99_ms=singles["p99_ms"], cpu_us=singles["cpu_us"]))
     batches = measured("events in batches", quick, path="/v1/events", template=batch_template(sizes.batch))
     rows.append(judged("events in batches", batches["rps"] * sizes.batch, p99_ms=batches["p99_ms"], cpu_us_an_event=round((batches["cpu_us"] or 0) / sizes.batch, 1)))
-    step("clicks", None)
-    rows.append(judged("click to changed slate, p99 at 300/s", **clicked(quick, list(shop.histories)[:2000], per_second=sizes.clicks, seconds=sizes.seconds)))
     step("overload", None)
-    return rows + overloaded(full, script, sizes=sizes, rps=rps["full"], p99=statistics.median(r["p99_ms"] for r in runs["full"])), more
+    return [*rows, clicks] + overloaded(full, script, sizes=sizes, rps=rps["full"], p99=statistics.median(r["p99_ms"] for r in runs["full"])), more
+
+# %% ../../nbs/800_bench/880_serving.ipynb #326786f9
+def first_lists(shop: Shop, script: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], sizes: Sizes, step: Step) -> tuple[dict[str, Any], dict[str, Any]]:
+    "The retrieval tier with no memory of shoppers, so that each list is a first one: a row, and what was measured."
+    step("first lists", None)
+    with ours("retrieval", shop, workers=sizes.workers, RECSYS_GATEWAY_REMEMBERED="0") as server: found = loaded(server, script, sizes, mine=True)
+    peer = "fastapi_onnx_faiss"
+    return judged(f"first lists, requests/s, of {peer}'s", found["rps"] / statistics.median(r["rps"] for r in runs[peer]), cpu_times=_cpu(runs, peer) / (found["cpu_us"] or 1),
+                  rps=found["rps"], p99_ms=found["p99_ms"], cpu_us=found["cpu_us"]), found
 
 
 def _cpu(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> float: return statistics.median(r["cpu_us"] for r in runs[name])
