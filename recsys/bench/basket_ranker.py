@@ -64,7 +64,7 @@ def learned(past: Sequence[Lists], like: Lists, *, seed: int, decay: float, froz
     "Fit on the lists of earlier windows, in the numbers of a later one."
     from recsys.training.ranknet import Shape  # torch
     items = described(like.vocab, pl.DataFrame(schema=ITEMS))
-    return fit(together([feedback(p, frozen=frozen) for p in past]), like.vocab, items, seed=seed, objective="purchase", shape=Shape(decay=decay))
+    return fit(together([feedback(p, frozen=frozen) for p in past]), like.vocab, items, seed=seed, objective="purchase", shape=Shape(decay=decay, decay_items=1.0, least_steps=400))
 
 
 def bought_chance(ranker: Ranker, lists: Lists, *, frozen: bool = False) -> np.ndarray:
