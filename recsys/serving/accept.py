@@ -7,14 +7,14 @@ __all__ = ['SLOTS', 'LEFT_SECONDS', 'Shares', 'Acceptor']
 
 # %% ../../nbs/600_serving/659_accept.ipynb #95de25fe
 import asyncio
-import fcntl
-import mmap
 import os
 import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..mapped import Mapped
 
 # %% ../../nbs/600_serving/659_accept.ipynb #aacde281
 SLOTS = 256  # workers of a machine
@@ -25,20 +25,16 @@ class Shares:
     "Connections of each worker, in a file that all workers of a machine map; entries of dead processes are taken over."
 
     def __init__(self, path: str | Path):
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        os.ftruncate(self._fd, SLOTS * _SLOT.size)
-        self._map = mmap.mmap(self._fd, SLOTS * _SLOT.size)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        try:
+        self._file = Mapped(path, SLOTS * _SLOT.size)
+        with self._file.alone():
             self._at = next((n * _SLOT.size for n, (pid, _) in enumerate(self._all()) if not _lives(pid)), None)
             self.tell(0)
-        finally: fcntl.flock(self._fd, fcntl.LOCK_UN)
 
-    def _all(self) -> list[tuple[int, int]]: return list(_SLOT.iter_unpack(self._map[:]))
+    def _all(self) -> list[tuple[int, int]]: return list(_SLOT.iter_unpack(self._file.memory[:]))
 
     def tell(self, count: int) -> None:
         "What this process has. Where all entries are taken, it is nobody's concern."
-        if self._at is not None: _SLOT.pack_into(self._map, self._at, os.getpid(), count)
+        if self._at is not None: _SLOT.pack_into(self._file.memory, self._at, os.getpid(), count)
 
     def another_has_fewer(self, count: int) -> bool:
         "Whether another living process has fewer than `count`."
@@ -46,9 +42,8 @@ class Shares:
 
     def close(self) -> None:
         "Give the entry back."
-        if self._at is not None: _SLOT.pack_into(self._map, self._at, 0, 0)
-        self._map.close()
-        os.close(self._fd)
+        if self._at is not None: _SLOT.pack_into(self._file.memory, self._at, 0, 0)
+        self._file.close()
 
 
 def _lives(pid: int) -> bool:

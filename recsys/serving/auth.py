@@ -6,11 +6,8 @@
 __all__ = ['SCOPES', 'CHECK_SECONDS', 'AuthError', 'KeyRefused', 'ScopeMissing', 'KeyInfo', 'Keys']
 
 # %% ../../nbs/600_serving/630_auth.ipynb #0731845d
-import fcntl
 import hashlib
 import hmac
-import mmap
-import os
 import re
 import secrets
 import sqlite3
@@ -20,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..mapped import Mapped
 
 # %% ../../nbs/600_serving/630_auth.ipynb #a5e893f0
 SCOPES = ("events:write", "recs:read", "items:write", "admin")  # send events; ask for lists; change the catalogue; receipts, erase, export
@@ -79,20 +78,13 @@ class _Changes:
     "How often a file was changed by any process, in eight bytes that they all have in memory."
 
     def __init__(self, path: Path):
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        os.ftruncate(self._fd, _COUNT.size)
-        self._map = mmap.mmap(self._fd, _COUNT.size)
+        self._file = Mapped(path, _COUNT.size)
+        self.close = self._file.close
 
-    def count(self) -> int: return _COUNT.unpack_from(self._map)[0]
+    def count(self) -> int: return _COUNT.unpack_from(self._file.memory)[0]
 
     def add(self) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        try: _COUNT.pack_into(self._map, 0, self.count() + 1)
-        finally: fcntl.flock(self._fd, fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        self._map.close()
-        os.close(self._fd)
+        with self._file.alone(): _COUNT.pack_into(self._file.memory, 0, self.count() + 1)
 
 # %% ../../nbs/600_serving/630_auth.ipynb #2a5ff282
 class _Store:

@@ -6,13 +6,12 @@
 __all__ = ['ACCOUNTS', 'INTERVAL', 'IDLE', 'SOME', 'Left', 'judge', 'Rates', 'Pressure']
 
 # %% ../../nbs/600_serving/655_limits.ipynb #6f6f2c03
-import fcntl
-import mmap
-import os
 import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..mapped import Mapped
 
 # %% ../../nbs/600_serving/655_limits.ipynb #6f6f2c05
 @dataclass(frozen=True)
@@ -43,24 +42,17 @@ class Rates:
     "The accounts of all keys, in a file that the workers of one machine share. `take` from one thread of a process."
 
     def __init__(self, path: str | Path):
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        os.ftruncate(self._fd, ACCOUNTS * _NS.size)
-        self._map = mmap.mmap(self._fd, ACCOUNTS * _NS.size)
+        self._file = Mapped(path, ACCOUNTS * _NS.size)
+        self.close = self._file.close
 
     def take(self, account: int, n: int = 1, *, per_second: float, burst: int, now: int | None = None) -> Left:
         "Charge `n` requests, all or nothing; more than `burst` count as `burst`. `now` in ns of the machine's monotonic clock."
         at = account % ACCOUNTS * _NS.size
-        fcntl.lockf(self._fd, fcntl.LOCK_EX, _NS.size, at)
-        try:
-            left, full_at = judge(_NS.unpack_from(self._map, at)[0], now=time.monotonic_ns() if now is None else now, gap=max(round(1e9 / per_second), 1),
+        with self._file.alone_at(at, _NS.size):
+            left, full_at = judge(_NS.unpack_from(self._file.memory, at)[0], now=time.monotonic_ns() if now is None else now, gap=max(round(1e9 / per_second), 1),
                                   burst=burst, n=n)
-            _NS.pack_into(self._map, at, full_at)
-        finally: fcntl.lockf(self._fd, fcntl.LOCK_UN, _NS.size, at)
+            _NS.pack_into(self._file.memory, at, full_at)
         return left
-
-    def close(self) -> None:
-        self._map.close()
-        os.close(self._fd)
 
 # %% ../../nbs/600_serving/655_limits.ipynb #6f6f2c0c
 INTERVAL = 0.1  # seconds that a queue may stand, and the longest wait in a burst
