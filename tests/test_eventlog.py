@@ -470,6 +470,15 @@ def test_impressions_are_committed_by_the_loop_and_by_the_lane_where_it_is_not_t
     log.copy_back("impressions")
 
 
+def test_a_closed_group_takes_nothing_of_any_stream(log: EventLog):
+    async def go():
+        group = GroupCommit(log)
+        await group.record([shown(1)])
+        group.close()
+        return await asyncio.gather(group.append([event(1)]), group.record([shown(2)]), return_exceptions=True)
+    assert [type(a) for a in asyncio.run(go())] == [EventLogError] * 2 and log.depth("impressions", after=0) == 1 and log.depth("events", after=0) == 0
+
+
 @pytest.mark.parametrize("how", ["append", "pack", "seed", "trim"])
 def test_a_history_is_read_again_when_it_has_changed_and_only_then(log: EventLog, how: str):
     log.append([event(n, item=f"i{n}") for n in range(40)])

@@ -245,13 +245,14 @@ class _AtOnce:
     "Batches committed by the loop in its own thread where that takes no waiting; else, those of some turns together, by the lane."
 
     def __init__(self, log: EventLog, stream: Stream, lane: _Lane, *, patience_s: float):
-        self._log, self._stream, self._lane, self._patience_s, self._rows = log, stream, lane, patience_s, 0
+        self._log, self._stream, self._lane, self._patience_s, self._rows, self._open = log, stream, lane, patience_s, 0, True
         self._waiting: dict[asyncio.AbstractEventLoop, list[_Waiter]] = {}
 
     async def put(self, rows: list[Row]) -> Any:
         "As `_Lane.put`."
+        if not self._open: raise EventLogError("the log is closed; nothing of this was stored")
         if not self._waiting and (found := self._log.commit_at_once(self._stream, [rows])) is not None:
-            self._committed(1)
+            self._committed(len(rows))
             return found[0]
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -272,7 +273,7 @@ class _AtOnce:
             if results is None: return self._lane.take(group, patience_s=self._patience_s)
         except Exception as e: error = e  # noqa: BLE001  not ours to judge: it reaches every waiter
         _settle([(future, results[n] if results else None) for n, (_, _, future) in enumerate(group)], error)
-        self._committed(len(group))
+        self._committed(sum(len(rows) for rows, _, _ in group))
 
     def _committed(self, rows: int) -> None:
         self._rows += rows
@@ -281,6 +282,8 @@ class _AtOnce:
         asyncio.get_running_loop().run_in_executor(None, self._log.copy_back, self._stream)
 
     def close(self) -> None:
+        "Hand over what waits; nothing more is taken."
+        self._open = False
         for group in self._waiting.values(): self._lane.take(group)
         self._waiting.clear()
 
@@ -289,7 +292,7 @@ PAUSES = {"impressions": 0.003}  # their commits do not wait for the disk, so th
 
 
 class GroupCommit:
-    "What many requests store, committed together: a thread for each stream. One for each process."
+    "What many requests store, committed together by a thread for each stream, or where nothing waits for the disk, at once. One for each process."
 
     def __init__(self, log: EventLog, *, most: int = 20_000, patience_s: float = 1.0):
         "`most` records wait in each lane; an impression waits at most `patience_s`, since a shopper waits with it."
