@@ -15,6 +15,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -96,12 +97,16 @@ def bound(**values: Any) -> Iterator[None]:
 # %% ../nbs/000_core/030_telemetry.ipynb #4c1e70a2
 HOLD_SECONDS, HOLD_LINES = 0.1, 1000
 held: list[str] = []
+_writing, _due = threading.Lock(), 0.0  # until then, the timer of some event loop will write
 
 
 @atexit.register
 def flush() -> None:
     "Write the lines that wait. Who kills a process with -9 loses them; what was acknowledged is in the event log, and not here."
-    lines = [held.pop(0) for _ in range(len(held))]
+    global _due
+    with _writing:
+        lines, _due = held.copy(), 0.0
+        del held[:len(lines)]
     handler = next((h for h in logging.root.handlers if hasattr(h, "component")), None)
     if not lines or not isinstance(handler, logging.StreamHandler): return
     handler.acquire()
@@ -126,8 +131,11 @@ def line(
     held.append(msgspec.json.encode({"ts": f"{now}Z", "level": "info", "component": getattr(handler, "component", name), "logger": name, "event": event, **fields}).decode())
     try: loop = asyncio.get_running_loop()
     except RuntimeError: return flush()
-    if len(held) == 1: loop.call_later(HOLD_SECONDS, flush)
-    elif len(held) >= HOLD_LINES: flush()
+    if len(held) >= HOLD_LINES: return flush()
+    global _due
+    if (now_s := time.monotonic()) < _due: return
+    _due = now_s + HOLD_SECONDS  # a loop that ends before leaves its lines to the next one's timer
+    loop.call_later(HOLD_SECONDS, flush)
 
 # %% ../nbs/000_core/030_telemetry.ipynb #7e0df54c
 _made: dict[str, tuple[MetricWrapperBase, tuple]] = {}
@@ -188,15 +196,16 @@ class Tally:
     "A counter whose labels' values are added up here, and told twice a second: a step in the shared folder costs as much as a hundred here."
 
     def __init__(self, counter: Counter):
-        self._counter, self._more = counter, collections.Counter[tuple[str, ...]]()
+        self._counter, self._more, self._lock = counter, collections.Counter[tuple[str, ...]](), threading.Lock()
         _tallies.append(self)
 
-    def add(self, *labels: str) -> None: self._more[labels] += 1
+    def add(self, *labels: str) -> None:
+        with self._lock: self._more[labels] += 1
 
     def tell(self) -> None:
-        for labels, n in list(self._more.items()):
-            self._more[labels] -= n
-            if n: self._counter.labels(*labels).inc(n)
+        "Bring it into the counter. Any thread may, at any time: nothing is told twice."
+        with self._lock: more, self._more = self._more, collections.Counter[tuple[str, ...]]()
+        for labels, n in more.items(): self._counter.labels(*labels).inc(n)
 
 
 def tell() -> None:

@@ -1,6 +1,7 @@
 """Who gets in, how often, and over what: keys, rates, overload, browsers, TLS, and the end of a worker; on real processes."""
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import signal
@@ -8,6 +9,7 @@ import socket
 import sqlite3
 import ssl
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -19,7 +21,9 @@ from recsys.lake.eventlog import SQLiteEventLog
 from recsys.serving.audit import Audit
 from recsys.serving.auth import Keys
 from recsys.serving.client import Client, Refusal
-from recsys.serving.gateway import NotLoopback, check_address
+from recsys.serving.gateway import NotLoopback, _cross_origin, check_address
+from recsys.serving.http import Front, Routes
+from recsys.serving.limits import Pressure
 from recsys.serving.tls import self_signed, trusting
 
 SHOP = "https://shop.example"
@@ -182,6 +186,20 @@ def test_who_is_turned_away_at_the_gate_keeps_the_connection(tmp_path: Path):
         assert last.status_code == 503 and last.headers["retry-after"] == "1" and last.json()["request_id"] == last.headers["x-request-id"]
         assert [status for status, _ in spoken(gateway, list_of_one, list_of_one)] == [200, 200]
         wait_for(lambda: gateway.measured("recsys_http_requests_total") > 0 and 'status="503"' in gateway.get("/metrics").text)
+
+
+def test_a_preflight_has_its_turn_like_any_request():
+    "What CORS answers by itself must not be counted as waiting for ever."
+    pressure = Pressure(target=0.02, most=100)
+    app = _cross_origin(Front(Routes(()), pressure=pressure), (SHOP,))
+    async def send(message: object) -> None: return None
+    async def receive() -> dict: return {"type": "http.request", "body": b"", "more_body": False}
+    def scope(method: str) -> dict:
+        now = time.perf_counter()
+        return {"type": "http", "method": method, "path": "/v1/events", "raw_path": b"/v1/events", "query_string": b"", "arrived": now, "ahead": pressure.comes(now=now), "whole": True,
+                "headers": [(b"origin", SHOP.encode()), (b"access-control-request-method", b"POST")]}
+    for method in ("OPTIONS", "POST", "OPTIONS"): asyncio.run(app(scope(method), receive, send))
+    assert pressure.queued == 0 == pressure.under_way
 
 
 def connections_of(gateway: Gateway) -> list[int]:

@@ -108,3 +108,35 @@ def test_counts_of_a_killed_worker_remain_and_its_gauges_go(tmp_path: Path):
     assert "test_done_total 2.0" in after and "test_busy 1.0" not in after and "test_busy 2.0" not in after
     telemetry.shared_metrics(tmp_path / "metrics")
     assert "test_done_total" not in run(ASKS)
+
+
+def test_what_is_tallied_by_many_threads_is_told_once():
+    tally = telemetry.Tally(telemetry.counter("test_tally_total", "x", ["a"]))
+    def work(n: int) -> None:
+        for i in range(2000):
+            tally.add("y")
+            if i % 50 == n: telemetry.tell()
+    with ThreadPoolExecutor(8) as pool: list(pool.map(work, range(8)))
+    telemetry.tell()
+    telemetry.tell()
+    assert 'test_tally_total{a="y"} 16000.0' in telemetry.exposition().decode()
+
+
+def test_lines_that_wait_in_a_loop_reach_the_file_whoever_writes_them(tmp_path: Path):
+    before = list(logging.root.handlers), logging.root.level
+    logging.root.handlers = []
+    telemetry.configure("test", file=tmp_path / "log")
+    def told() -> list[int]: return [json.loads(line)["n"] for line in (tmp_path / "log").read_text().splitlines()]
+    async def ask(n: int, *, stay: bool) -> None:
+        telemetry.line("recsys.access", "request", n=n)
+        while stay and n not in told(): await asyncio.sleep(0.01)
+    try:
+        asyncio.run(ask(1, stay=False))  # a loop that ends with its line
+        telemetry.line("recsys.access", "request", n=2)  # a thread without a loop
+        assert told() == [1, 2]
+        asyncio.run(ask(3, stay=True))
+        with ThreadPoolExecutor(8) as pool: list(pool.map(lambda n: telemetry.line("recsys.access", "request", n=n), range(4, 200)))
+        assert sorted(told()) == list(range(1, 200))
+    finally:
+        logging.root.handlers[0].close()
+        logging.root.handlers, logging.root.level = before

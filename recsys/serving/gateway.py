@@ -25,7 +25,7 @@ from starlette.middleware.cors import CORSMiddleware
 from . import openapi, tls
 from .accept import Acceptor, Shares
 from .control import receipt
-from .http import HTML, Answer, App, Call, Endpoint, Front, Routes
+from .http import HTML, Answer, App, Call, Endpoint, Front, Receive, Routes, Scope, Send
 from .lists import recommend, recommend_batch, similar, trending
 from .near import address
 from .openapi import Operation
@@ -103,11 +103,16 @@ def front(home: Home, settings: Settings, *, clock: Callable[[], int] | None = N
     return made
 
 
-def _cross_origin(app: App, origins: tuple[str, ...]) -> App:
+def _cross_origin(made: Front, origins: tuple[str, ...]) -> App:
     "With CORS for pages of these origins; without any, a browser lets no page of another origin read an answer."
-    if not origins: return app
-    return CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST", "PUT", "DELETE"], allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+    if not origins: return made
+    around = CORSMiddleware(made, allow_origins=origins, allow_methods=["GET", "POST", "PUT", "DELETE"], allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
                           expose_headers=["X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"], max_age=600)
+
+    async def crossing(scope: Scope, receive: Receive, send: Send) -> None:
+        made.begun(scope)  # a preflight is answered before the app sees it
+        await around(scope, receive, send)
+    return crossing
 
 # %% ../../nbs/600_serving/670_gateway.ipynb #5213e165
 DRAIN_SECONDS = 20

@@ -211,9 +211,8 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http": return await self.life(scope, receive, send)
         headers = dict(scope["headers"])
-        now = time.perf_counter()
-        arrived = scope.get("arrived") or now
-        if "ahead" in scope: self.pressure.begins(scope["ahead"], now - arrived, now=now)
+        arrived = scope.get("arrived") or time.perf_counter()
+        self.begun(scope)
         call = Call(request_id(headers.get(b"x-request-id")), arrived, headers, (scope.get("client") or (None,))[0], scope.get("query_string", b""),
                     whole=scope.get("whole", False))
         status = 499  # of a client that hung up
@@ -225,6 +224,12 @@ class Front:
                 await answer(send, call.request_id)
             except ClientGone: pass
             finally: self._done(scope["method"], call, status)
+
+    def begun(self, scope: Scope) -> None:
+        "A request has its turn: for whoever stands before this app too, and answers some by himself. A second call changes nothing."
+        if (ahead := scope.pop("ahead", None)) is None: return
+        now = time.perf_counter()
+        self.pressure.begins(ahead, now - scope["arrived"], now=now)
 
     def gate(self, method: str, address: bytes, id: str) -> bytes | None:
         "A refusal as it goes over the wire, for a request that comes when there is too much; None for one that is welcome, or a question for signs of life."
