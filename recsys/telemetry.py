@@ -187,13 +187,13 @@ def _shared() -> bool:
     "Whether values lie in a shared folder: that is settled when `prometheus_client` is imported, whoever sets the variable later (Feast does)."
     return values.ValueClass is not values.MutexValue
 
-
-TELL_SECONDS = 0.5
+# %% ../nbs/000_core/030_telemetry.ipynb #f6fba512
+TELL_SECONDS = 0.5  # how often the gateway brings tallies into the counters; a kill loses as much
 _tallies: list["Tally"] = []
 
 
 class Tally:
-    "A counter whose labels' values are added up here, and told twice a second: a step in the shared folder costs as much as a hundred here."
+    "A counter whose labels' values are added up here, and told twice a second. Any thread may add."
 
     def __init__(self, counter: Counter):
         self._counter, self._more, self._lock = counter, collections.Counter[tuple[str, ...]](), threading.Lock()
