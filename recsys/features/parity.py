@@ -70,12 +70,6 @@ class _Shopper:
         due = _due(arrived.get(self.key), self.now - lag_ms, oldest=self.now - (self.view.ttl_ms or 1 << 62))
         return out | ({str(self.view.mark): f"{due} or later"} if due > self.asked[-1] else {})
 
-# %% ../../nbs/300_features/350_parity.ipynb #c6f545c8
-class Scannable(Protocol):
-    "Who can show the lake's tables; `lake.tables.Lake` can."
-
-    def scan(self, table: str) -> pl.LazyFrame: ...
-
 # %% ../../nbs/300_features/350_parity.ipynb #62ddcbf5
 @dataclass(frozen=True)
 class _Served:
@@ -113,6 +107,12 @@ def _read(impressions: pl.DataFrame, count: Count) -> list[_Served]:
         if not kept.get("items"): count.skipped["no rows of items"] += 1
         out.append(_Served(id, user, now, version, service, kept.get("user") if user else None, kept.get("pairs") or {}, kept.get("items") or {}))
     return out
+
+# %% ../../nbs/300_features/350_parity.ipynb #c6f545c8
+class Scannable(Protocol):
+    "Who can show the lake's tables; `lake.tables.Lake` can."
+
+    def scan(self, table: str) -> pl.LazyFrame: ...
 
 # %% ../../nbs/300_features/350_parity.ipynb #4093328d
 def _expected(asked: Sequence[_Shopper], events: pl.LazyFrame, rows: Mapping[Any, Row], *, lag_ms: int) -> list[Row]:
