@@ -10,6 +10,7 @@ import ipaddress
 import os
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -65,24 +66,19 @@ def failed(where: str, error: Exception) -> EventLogError:
     fits = (remedy for kind, remedy in REMEDIES if (kind in str(error) if isinstance(kind, str) else isinstance(error, kind)))
     return EventLogError(f"{where}: {error}; nothing of this was acknowledged: {next(fits, 'see its log')}, then send it again")
 
-# %% ../../nbs/100_lake/134_redis_server.ipynb #244d6cbf
-Command = tuple[Any, ...]  # its words: bytes, text or numbers
+# %% ../../nbs/100_lake/134_redis_server.ipynb #126e96f7
+class _Connections:
+    "A connection for each thread of this process. `greet` is called with each new one, and may refuse it by raising EventLogError."
 
-# %% ../../nbs/100_lake/134_redis_server.ipynb #bf96aa1f
-class Server:
-    "A Redis for this process's threads. `greet` is called with each new connection, and may refuse it by raising EventLogError."
-
-    def __init__(self, url: str, *, patience_s: float, breaker: Breaker | None = None, greet: Callable[["Server", ConnectionInterface], None] | None = None):
-        parts = urlsplit(url)
-        self.where = f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    def __init__(self, url: str, *, patience_s: float, greet: Callable[[ConnectionInterface], None] | None):
         self._pool = ConnectionPool.from_url(url.replace("?ca=", "?ssl_ca_certs="), socket_timeout=patience_s, socket_connect_timeout=patience_s,
                                              retry=Retry(NoBackoff(), 0), redis_connect_func=self._greeted)
-        self._breaker, self._greet, self._local = breaker, greet, threading.local()
+        self._greet, self._local = greet, threading.local()
 
     def _greeted(self, connection: ConnectionInterface) -> None:
         connection.on_connect()
         self._local.new = True
-        if self._greet: self._greet(self, connection)
+        if self._greet: self._greet(connection)
 
     @property
     def connection(self) -> ConnectionInterface:
@@ -90,6 +86,23 @@ class Server:
         if getattr(self._local, "pid", None) != os.getpid():
             self._local.connection, self._local.pid = self._pool.connection_class(**self._pool.connection_kwargs), os.getpid()
         return self._local.connection
+
+    def close(self) -> None:
+        "Close this thread's connection; those of other threads close with their thread."
+        if getattr(self._local, "pid", None) == os.getpid(): self._local.connection.disconnect()
+        self._local.pid = None
+
+# %% ../../nbs/100_lake/134_redis_server.ipynb #bf96aa1f
+Command = tuple[Any, ...]  # its words: bytes, text or numbers
+
+
+class Server(_Connections):
+    "A Redis for this process's threads. `greet` is called with each new connection, and may refuse it by raising EventLogError."
+
+    def __init__(self, url: str, *, patience_s: float, breaker: Breaker | None = None, greet: Callable[["Server", ConnectionInterface], None] | None = None):
+        super().__init__(url, patience_s=patience_s, greet=partial(greet, self) if greet else None)
+        parts, self._breaker = urlsplit(url), breaker
+        self.where = f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
     def ask(self, *commands: Command) -> list[Any]:
         "The answers to commands that are sent together. Raises EventLogError when one of them fails; others may have been carried out."
@@ -124,8 +137,3 @@ class Server:
         for answer in answers:
             if isinstance(answer, redis.ResponseError): raise answer
         return answers
-
-    def close(self) -> None:
-        "Close this thread's connection; those of other threads close with their thread."
-        if getattr(self._local, "pid", None) == os.getpid(): self._local.connection.disconnect()
-        self._local.pid = None
