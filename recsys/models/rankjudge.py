@@ -138,7 +138,8 @@ def decided(parts: Sequence[_Answered], *, least: int, confidence: float, tolera
     gain = gained((ours, theirs), [p.whose for p in parts])
     pairs = [np.concatenate([p.by_pair[n] for p in parts]) for n in range(2)]
     drawn = gained(pairs, [p.whose_pair for p in parts]) if len(pairs[0]) > 1 and pairs[1].any() else None
-    promote = (gain.high > 0 if reigning else gain.mean > 0 and gain.low > -tolerance) and (drawn is None or drawn.high >= 0)
+    told = drawn if drawn and gain.low == gain.high == 0 else gain  # where no place is looked at more than another, only what was drawn tells orders apart
+    promote = (told.high > 0 if reigning else told.mean > 0 and told.low > -tolerance) and (drawn is None or drawn.high >= 0)
     why = f"its order brings {_percent(gain)} of what retrieval's brings on {len(ours)} later lists" + (f", {_percent(drawn)} where places were drawn" if drawn else "")
     return Judged(len(ours), wanted, {"ranker": float(ours.mean()), "retrieval": float(theirs.mean())}, gain, drawn, errors, curve, promote, why + ("" if promote else ", which may be nothing"))
 
