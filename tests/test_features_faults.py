@@ -152,6 +152,6 @@ def test_a_gateway_says_what_is_missing_and_takes_the_store_when_it_is_mended(tm
         other.setattr("recsys.features.store.digest", lambda *_: "0" * 16)
         live.refresh()
         assert live.why is not None and "recsys features apply" in live.why and live.used("ann", [], now=T0).missing
-    monkeypatch.setattr(live, "_again", 0.0)
+    monkeypatch.setattr(live._store, "_again", 0.0)
     live.refresh()
     assert live.why is None and not live.used("ann", [], now=T0).missing

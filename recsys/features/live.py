@@ -88,25 +88,40 @@ def _open(home: Home, settings: Settings, service: Service) -> "Reader":
     reader: Reader = importlib.import_module("recsys.features.online").Reader(store, service)
     return reader
 
+
+class _Store:
+    "Where shoppers' rows are read, once it can be opened."
+
+    def __init__(self, home: Home, settings: Settings, service: Service, opener: Callable[..., "Reader"]):
+        self._home, self._settings, self._service, self._opener, self._again = home, settings, service, opener, 0.0
+        self.reader: Reader | None = None
+        self.why: str | None = None  # why it cannot be opened, where it is there
+
+    def refresh(self) -> None:
+        "Open it once there is one. Never raises."
+        if self.reader is not None or time.monotonic() < self._again or not (self._home.features / REGISTRY).exists(): return
+        try: self.reader, self.why = self._opener(self._home, self._settings, self._service), None
+        except Exception as e:  # noqa: BLE001  whatever Feast raises, answers go on without it
+            if str(e) != self.why: logger("recsys.features").error("feature store cannot be opened", kind=type(e).__name__, why=str(e))
+            self.why, self._again = str(e), time.monotonic() + AGAIN_SECONDS
+        else: logger("recsys.features").info("feature store in place", service=self._service.name)
+
 # %% ../../nbs/300_features/380_live.ipynb #519cb5b2
 class LiveFeatures:
     "Item matrix and shoppers' rows of one worker. `refresh` may take seconds and belongs in a thread; `rows` answers in less than a millisecond."
 
     def __init__(self, home: Home, settings: Settings, *, service: Service = RETRIEVAL_V1, opener: Callable[..., "Reader"] = _open):
-        self._home, self._settings, self._service, self._opener, self._inputs = home, settings, service, opener, Inputs(service)
-        self._items, self._again = LiveItems(home.features / ITEMS, service.name), 0.0
-        self._reader: Reader | None = None
-        self.why: str | None = None  # why shoppers' rows cannot be read, where they should be
+        self._inputs, self._items, self._store = Inputs(service), LiveItems(home.features / ITEMS, service.name), _Store(home, settings, service, opener)
+
+    @property
+    def why(self) -> str | None:
+        "Why shoppers' rows cannot be read, where they should be."
+        return self._store.why
 
     def refresh(self) -> None:
         "Take the newest matrix, and open the store once there is one. Never raises."
         self._items.refresh()
-        if self._reader is not None or time.monotonic() < self._again or not (self._home.features / REGISTRY).exists(): return
-        try: self._reader, self.why = self._opener(self._home, self._settings, self._service), None
-        except Exception as e:  # noqa: BLE001  whatever Feast raises, answers go on without it
-            if str(e) != self.why: logger("recsys.features").error("feature store cannot be opened", kind=type(e).__name__, why=str(e))
-            self.why, self._again = str(e), time.monotonic() + AGAIN_SECONDS
-        else: logger("recsys.features").info("feature store in place", service=self._service.name)
+        self._store.refresh()
 
     async def follow(self, *, every: float = 1.0) -> None:
         "Refresh for ever, beside the answers."
@@ -122,14 +137,14 @@ class LiveFeatures:
         now: int,  # ms
     ) -> Known:
         "What is known of them now. Never raises; see `Known.missing` and the table above."
-        known = _of_items(self._inputs, self._items.items, item_ids, now)
-        if user_id is None or self._reader is None: return replace(known, missing=user_id is not None and self.why is not None)
-        row = self._reader.user(user_id, now=now, categories=[c for c in dict.fromkeys(known.categories) if c is not None] if self._inputs.of_pairs else ())
+        known, reader = _of_items(self._inputs, self._items.items, item_ids, now), self._store.reader
+        if user_id is None or reader is None: return replace(known, missing=user_id is not None and self.why is not None)
+        row = reader.user(user_id, now=now, categories=[c for c in dict.fromkeys(known.categories) if c is not None] if self._inputs.of_pairs else ())
         return replace(known, missing=True) if row is None else replace(known, user=row.values, pairs=row.categories)
 
     def used(self, user_id: str | None, item_ids: Sequence[str], *, now: int) -> Used:
         "`rows` and `used` in one, for an answer whose slots are chosen already."
-        if self._items.items is None and self._reader is None and self.why is None: return NOTHING
+        if self._items.items is None and self._store.reader is None and self.why is None: return NOTHING
         return self.rows(user_id, item_ids, now=now).used(item_ids)
 
 # %% ../../nbs/300_features/380_live.ipynb #8f2a57c5
