@@ -58,7 +58,7 @@ def now_ms() -> int: return time.time_ns() // 1_000_000
 
 # %% ../../nbs/300_features/390_updater.ipynb #ff0e686a
 class _Line:
-    "Who waits for new rows: shoppers with new events, and after a load the rest, when there is time."
+    "Who waits for new rows: shoppers with new events, and behind them those whom a load found."
 
     def __init__(self) -> None:
         self.fresh: dict[str, int] = {}  # since when an event of the shopper was known (ms)
@@ -75,7 +75,7 @@ class _Line:
         for line in (self.fresh, self.rest):
             while line: yield line, [user for user, _ in zip(line, range(BATCH_USERS), strict=False)]
 
-
+# %% ../../nbs/300_features/390_updater.ipynb #057df02b
 class _Catalogue:
     "The category of each item, by the latest catalogue."
 
@@ -180,7 +180,7 @@ class Updater(_Followed):
         return cls(store, lake, home.features / f"online-{place_of(store)}.json", clock=clock)
 
     def step(self) -> int:
-        "Follow the lake, and write rows of the shoppers who wait: all with new events, and some of the rest. Returns the rows written. Raises LakeError."
+        "Follow the lake, and write rows of the shoppers who wait: those with new events first. Returns the rows written. Raises LakeError."
         self.follow()
         return self.flush()
 
