@@ -927,7 +927,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'recsys.lake.formats.read': ('100_lake/formats.html#read', 'recsys/lake/formats.py')},
             'recsys.lake.ingest': { 'recsys.lake.ingest.Judged': ('100_lake/ingest.html#judged', 'recsys/lake/ingest.py'),
                                     'recsys.lake.ingest.Report': ('100_lake/ingest.html#report', 'recsys/lake/ingest.py'),
-                                    'recsys.lake.ingest.Report.plus': ('100_lake/ingest.html#report.plus', 'recsys/lake/ingest.py'),
+                                    'recsys.lake.ingest.Report.after': ('100_lake/ingest.html#report.after', 'recsys/lake/ingest.py'),
                                     'recsys.lake.ingest._Run': ('100_lake/ingest.html#_run', 'recsys/lake/ingest.py'),
                                     'recsys.lake.ingest._Run.__init__': ('100_lake/ingest.html#_run.__init__', 'recsys/lake/ingest.py'),
                                     'recsys.lake.ingest._Run._events': ('100_lake/ingest.html#_run._events', 'recsys/lake/ingest.py'),

@@ -40,9 +40,11 @@ class Report:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()  # such as columns that were not used
 
-    def plus(self, **counts: int) -> "Report":
-        "The report with more counted."
-        return replace(self, **{name: getattr(self, name) + n for name, n in counts.items()})
+    def after(self, batch: Batch, *, new: int, known: int, refused: int) -> "Report":
+        "With one more batch: rows that were new, rows that were there already, and refusals."
+        counts = {"items": new} if batch.derived else {"read": batch.read, "accepted": new, "duplicates": known, "quarantined": refused, "items": new * (batch.table == "items")}
+        early, notes = self.ended_early or batch.ended_early, tuple(dict.fromkeys(self.notes + batch.notes))
+        return replace(self, ended_early=early, notes=notes, **{name: getattr(self, name) + n for name, n in counts.items()})
 
 # %% ../../nbs/100_lake/180_ingest.ipynb #ed081ac1
 def _whole(frame: pl.DataFrame, schema: dict[str, pl.DataType]) -> pl.DataFrame:
@@ -139,7 +141,7 @@ def quarantine(judged: Judged, *, origin: str, lake: Lake, vault: Vault, now: in
 
 # %% ../../nbs/100_lake/180_ingest.ipynb #5bd784ea
 class _Run:
-    "The state of one ingest."
+    "One ingest: what is known already, and what has become of the records so far."
 
     def __init__(self, lake: Lake, vault: Vault, log: EventLog | None, now: int, known_at: str, context: Sequence[str]):
         self.lake, self.vault, self.log, self.now, self.known_at, self.context = lake, vault, log, now, known_at, context
@@ -152,12 +154,7 @@ class _Run:
         judged = judge(batch, now=self.now, context=self.context)
         refused = 0 if batch.derived else quarantine(judged, origin=batch.origin, lake=self.lake, vault=self.vault, now=self.now)
         new = self._events(judged) if batch.table == "events" else self._items(judged.frame)
-        if batch.derived: self.report = self.report.plus(items=new)
-        else:
-            self.report = self.report.plus(read=batch.read, accepted=new, duplicates=judged.frame.height - new, quarantined=refused,
-                                           items=new if batch.table == "items" else 0)
-        early = self.report.ended_early or batch.ended_early
-        self.report = replace(self.report, ended_early=early, notes=tuple(dict.fromkeys(self.report.notes + batch.notes)))
+        self.report = self.report.after(batch, new=new, known=judged.frame.height - new, refused=refused)
 
     def _events(self, judged: Judged) -> int:
         frame = judged.frame
