@@ -1427,6 +1427,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'recsys.models.covisit.Neighbours.scores': ( '500_models/covisit.html#neighbours.scores',
                                                                                     'recsys/models/covisit.py'),
                                        'recsys.models.covisit.Steps': ('500_models/covisit.html#steps', 'recsys/models/covisit.py'),
+                                       'recsys.models.covisit._loudest': ('500_models/covisit.html#_loudest', 'recsys/models/covisit.py'),
                                        'recsys.models.covisit.fit': ('500_models/covisit.html#fit', 'recsys/models/covisit.py'),
                                        'recsys.models.covisit.load': ('500_models/covisit.html#load', 'recsys/models/covisit.py'),
                                        'recsys.models.covisit.nearest': ('500_models/covisit.html#nearest', 'recsys/models/covisit.py'),

@@ -94,6 +94,18 @@ def nearest(
     at, starts = np.concatenate(kept), np.append(0, np.cumsum([len(k) for k in kept]))
     return sparse.csr_matrix((both.data[at], both.indices[at], starts), shape=both.shape)
 
+# %% ../../nbs/500_models/530_covisit.ipynb #688adb92
+def _loudest(items: np.ndarray, near: np.ndarray, weight: np.ndarray, said_by: np.ndarray) -> np.ndarray:
+    "int32 [k]: who gave the most weight to each of k items; 0 where nobody gave any. Of two equal ones the first in the evidence."
+    out = np.zeros(len(items), np.int32)
+    if not len(near) or not len(items): return out
+    order = np.argsort(items)
+    slot = order[np.minimum(np.searchsorted(items, near, sorter=order), len(items) - 1)]
+    mine = np.flatnonzero((items[slot] == near) & (near > 0))[::-1]
+    mine = mine[np.argsort(weight[mine], kind="stable")]
+    out[slot[mine]] = said_by[mine]  # ascending: what is written last stays
+    return out
+
 # %% ../../nbs/500_models/530_covisit.ipynb #91022a77
 @dataclass(frozen=True, eq=False)
 class Neighbours:
@@ -130,15 +142,7 @@ class Neighbours:
 
     def because(self, history: np.ndarray, items: np.ndarray) -> np.ndarray:
         "int32 [k]: the item of the history that contributed most to each of k items; 0 where none did. Of two equal ones the later."
-        near, weight, said_by = self.evidence(history)
-        out = np.zeros(len(items), np.int32)
-        if not len(near) or not len(items): return out
-        order = np.argsort(items)
-        slot = order[np.minimum(np.searchsorted(items, near, sorter=order), len(items) - 1)]
-        mine = np.flatnonzero((items[slot] == near) & (near > 0))[::-1]
-        mine = mine[np.argsort(weight[mine], kind="stable")]
-        out[slot[mine]] = said_by[mine]  # ascending: what is written last stays
-        return out
+        return _loudest(items, *self.evidence(history))
 
 # %% ../../nbs/500_models/530_covisit.ipynb #d772aef6
 @dataclass(frozen=True, eq=False)
