@@ -57,7 +57,7 @@ class _Step(nn.Module):
 
     def forward(self, batch: tuple[Any, ...], step: int) -> Tensor: return self.loss(batch, step)
 
-
+# %% ../../nbs/400_training/480_trainer.ipynb #4bd77c95
 @dataclass
 class _Run:
     task: Task
@@ -249,7 +249,7 @@ def train(
         while not (run.over and run.tally.step and not run.tally.batch): _epoch(run)
         return _finish(run)
 
-
+# %% ../../nbs/400_training/480_trainer.ipynb #c25d4e85
 def _finish(run: _Run) -> Result:
     "The last checkpoint, the weights to keep, and what it was."
     _write(run)
