@@ -25,6 +25,7 @@ from redis_process import RedisProcess
 
 from recsys.lake import database
 from recsys.lake.eventlog import Busy, EventLog, EventLogError, GroupCommit, RecordError, RedisEventLog, SQLiteEventLog
+from recsys.lake.records import LISTS, LISTS_MS
 
 T0 = 1_767_225_600_000
 
@@ -134,6 +135,18 @@ def test_impressions_come_back_whole(log: EventLog):
     assert log.impression("r1") == {**shown(1), "slots": slots, "features": '{"a": 1}'} and log.impression("r3") is None
     assert [row["recommendation_id"] for _, row in everything(log, "impressions", limit=1)] == ["r1", "r2"]
     assert log.trim("impressions", upto=1, before_ts=T0 * 2) == 1 and log.impression("r1") is None and log.impression("r2")
+
+
+def test_what_a_user_was_shown_last_is_at_hand(log: EventLog, place: Place):
+    def slots(*items: str) -> list[dict]: return [{"item_id": item, "rank": n} for n, item in enumerate(items, 1)]
+    log.record([shown(n, user_id="ann", slots=slots(f"i{n}", "mug")) for n in range(LISTS)])
+    log.record([shown(10, user_id="bob", slots=slots("pot")), shown(11, slots=slots("tin")), shown(12, user_id="ann", slots=[]), shown(13, user_id="ann")])  # nobody's list, and lists of nothing
+    assert log.shown("ann", now=T0) == [(T0 + n, [f"i{n}", "mug"]) for n in reversed(range(LISTS))] and log.shown("bob", now=T0) == [(T0 + 10, ["pot"])] and log.shown("eve", now=T0) == []
+    other = place.open()
+    other.record([shown(20, user_id="ann", slots=slots("a\0b ☕")), shown(1, user_id="ann", slots=slots("changed"))])  # the second one was there already
+    assert log.shown("ann", now=T0) == other.shown("ann", now=T0) == [(T0 + 20, ["a\0b ☕"]), *((T0 + n, [f"i{n}", "mug"]) for n in reversed(range(1, LISTS)))]
+    assert log.shown("ann", now=T0 + 20 + LISTS_MS) == [(T0 + 20, ["a\0b ☕"])] and log.shown("ann", now=T0 + 21 + LISTS_MS) == []
+    other.close()
 
 
 def test_a_stream_has_a_name_and_a_log_an_identity(log: EventLog, place: Place, tmp_path: Path):

@@ -17,8 +17,8 @@ import polars as pl
 from redis.connection import ConnectionInterface
 
 from ..breaker import Breaker
-from .records import Appended, EventLogError, History, Moment, Row, Stream, event_rows, impression_rows, item_rows, key_of, key_of_answer, latest
-from .redis_scripts import ADD, SCRIPTS, START_ABOVE, SWAP, TRIM, TRIM_ITEMS, fold, sha, unfold, words
+from .records import LISTS, LISTS_MS, Appended, EventLogError, History, Moment, Row, Shown, Stream, event_rows, impression_rows, item_rows, key_of, key_of_answer, latest
+from .redis_scripts import ADD, SCRIPTS, START_ABOVE, SWAP, TRIM, TRIM_ITEMS, beside, fold, sha, unfold, words
 from .redis_server import Command, Server
 from ..schema import ITEM_ID, TS, TYPE, USER_ID
 
@@ -108,7 +108,7 @@ class _Appending(_Intake):
 
     def _add(self, stream: Stream, rows: Sequence[Row]) -> Command:
         arguments = [word for row in rows for word in words(stream, row)]
-        return self._script(ADD[stream], stream, *arguments, histories=[PREFIX + b"h:" + row[1] for row in rows] if stream == "events" else ())
+        return self._script(ADD[stream], stream, *arguments, histories=[PREFIX + key for row in rows if (key := beside(stream, row)) is not None])
 
     def reserve(self) -> int:
         "A sequence that no event of the log will have, after all that have one: the place of what reaches the lake by another way."
@@ -143,6 +143,11 @@ class _Questions(_Appending):
         sequence = self._quick.ask(("HGET", ids, key_of_answer(recommendation_id)))[0]
         found = self._quick.ask(("XRANGE", stream, sequence, sequence))[0] if sequence else []
         return msgspec.json.decode(found[0][1][5]) if found else None
+
+    def shown(self, user_id: str, *, now: int) -> list[Shown]:
+        "A user's latest `LISTS` lists, the last one first, none older than `LISTS_MS`. What any process recorded before this call is in it."
+        texts = self._quick.ask(("LRANGE", PREFIX + b"s:" + key_of(user_id), 0, LISTS - 1))[0]
+        return [(ts, items) for ts, items in map(msgspec.json.decode, texts) if ts >= now - LISTS_MS]
 
     def read(self, stream: Stream, *, after: int, limit: int) -> list[tuple[int, dict[str, Any]]]:
         "The next records after a sequence, in the order of commits; fields that were null are absent. Sequences rise, but may have gaps."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'ADDING', 'ADDED', 'ADD_EVENTS', 'ADD_IMPRESSIONS', 'ADD_ITEMS', 'START_ABOVE', 'TRIM', 'TRIM_ITEMS', 'SWAP',
-           'ADD', 'SCRIPTS', 'sha', 'unfold', 'fold', 'words']
+           'ADD', 'SCRIPTS', 'sha', 'unfold', 'fold', 'beside', 'words']
 
 # %% ../../nbs/100_lake/135_redis_scripts.ipynb #7f8fcf7f
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from .records import Moment, Row, Stream, latest
+from .records import LISTS, LISTS_MS, Moment, Row, Stream, latest
 
 # %% ../../nbs/100_lake/135_redis_scripts.ipynb #99956a42
 HEAD = """local about, stream, ids = KEYS[1], KEYS[2], KEYS[3]
@@ -42,9 +42,16 @@ end
 """ + ADDED
 
 # %% ../../nbs/100_lake/135_redis_scripts.ipynb #823273c6
-ADD_IMPRESSIONS = ADDING + """for at = 2, #ARGV, 3 do
-  if redis.call('HSETNX', ids, ARGV[at], whole(last + 1)) == 1 then add(ARGV[at], ARGV[at + 1], ARGV[at + 2])
-  else known[#known + 1] = (at - 2) / 3 end
+ADD_IMPRESSIONS = ADDING + f"""for n = 1, #KEYS - 3 do
+  local at = 4 * n - 2
+  if redis.call('HSETNX', ids, ARGV[at], whole(last + 1)) == 1 then
+    add(ARGV[at], ARGV[at + 1], ARGV[at + 3])
+    if ARGV[at + 2] ~= '' then
+      redis.call('LPUSH', KEYS[n + 3], '[' .. ARGV[at + 1] .. ',' .. ARGV[at + 2] .. ']')
+      redis.call('LTRIM', KEYS[n + 3], 0, {LISTS - 1})
+      redis.call('PEXPIRE', KEYS[n + 3], {LISTS_MS})
+    end
+  else known[#known + 1] = n - 1 end
 end
 """ + ADDED
 ADD_ITEMS = ADDING + """for at = 2, #ARGV, 3 do
@@ -113,8 +120,15 @@ def fold(text: bytes, more: Iterable[Moment], *, most: int) -> bytes:
     return _encode([sequence, *zip(*moments, strict=True)]) if moments else _NOTHING
 
 
+def beside(stream: Stream, row: Row) -> bytes | None:
+    "The key of what a user has at hand, and a row adds to: the history, or the lists that were shown."
+    if stream == "items": return None
+    return b"h:" + row[1] if stream == "events" else b"s:" + (row[2] or b"")
+
+
 def words(stream: Stream, row: Row) -> tuple[Any, ...]:
-    "What a script is told of a row: its key, its time and the record; of an event also its moment, open at the end for the sequence."
-    if stream != "events": return row
+    "What a script is told of a row: its key, its time and the record; of an event also its moment, open at the end for the sequence, and of an impression its items."
+    if stream == "items": return row
+    if stream == "impressions": return row[0], row[1], row[3] or b"", row[4]
     key, _, item, type, ts, known_ts, body = row
     return key, known_ts, body, b"," + _encode((item, type, ts))[:-1] + b"," if item is not None else b""

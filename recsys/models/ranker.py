@@ -43,6 +43,10 @@ class Asked(Protocol):
     def times(self) -> np.ndarray: ...  # int64 [H], ms
     @property
     def now(self) -> int: ...
+    @property
+    def shown(self) -> np.ndarray: ...  # int32 [S], what was in the shopper's latest lists
+    @property
+    def shown_at(self) -> np.ndarray: ...  # int64 [S], ms
 
 # %% ../../nbs/500_models/574_ranker.ipynb #389402a2
 class Found(Protocol):
@@ -96,7 +100,7 @@ class Ranker:
     def inputs(self, query: Asked, candidates: Found, rows: Rows | None) -> np.ndarray:
         "float32 [C, F], scaled. Raises RankerError for a feature that is gone."
         values = np.full((len(candidates.items), len(self.scales.features)), np.nan, np.float32) if rows is None else self._read(rows)
-        matched = matches(self.facts, query.items, query.types, query.times, candidates.items, now=query.now)
+        matched = matches(self.facts, query.items, query.types, query.times, candidates.items, now=query.now, shown=query.shown, shown_at=query.shown_at)
         number = {name: n for n, name in enumerate(self.scales.sources)}
         source = np.array([number.get(name, -1) for name in candidates.names], np.int64)[candidates.source]
         place = np.arange(1, len(candidates.items) + 1)

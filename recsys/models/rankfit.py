@@ -42,12 +42,13 @@ class Examples:
 def examples(feedback: Feedback, facts: Facts, vocab: Vocab, like: Scales | None = None) -> Examples:
     "The inputs of each slot as they would be now for that moment; sources and their strengths as `like` has them, else of the feedback."
     s = feedback.slots
-    items, histories = vocab.encode(s[ITEM_ID]).astype(np.int64), {id: rest for id, *rest in feedback.histories.iter_rows()}
+    items = vocab.encode(s[ITEM_ID]).astype(np.int64)
+    histories, before = ({id: rest for id, *rest in part.iter_rows()} for part in (feedback.histories, feedback.shown))
     matched, lists, at = [], np.empty(len(items), np.int64), 0
     for n, ((id,), part) in enumerate(s.select(RECOMMENDATION_ID, TS).group_by(RECOMMENDATION_ID, maintain_order=True)):
-        met, types, times = histories.get(str(id), ([], [], []))
+        (met, types, times), (shown, shown_at) = histories.get(str(id), ([], [], [])), before.get(str(id), ([], []))
         end = at + part.height
-        matched.append(matches(facts, vocab.encode(met), types, np.array(times, np.int64), items[at:end], now=part[TS][0]))
+        matched.append(matches(facts, vocab.encode(met), types, np.array(times, np.int64), items[at:end], now=part[TS][0], shown=vocab.encode(shown), shown_at=np.array(shown_at, np.int64)))
         lists[at:end], at = n, end
     score = s["retrieval"].fill_null(0.0).to_numpy()
     sources, strength = (like.sources, dict(like.strength)) if like else (tuple(s[SOURCE].drop_nulls().unique().sort()), strengths(score, s[SOURCE].fill_null("").to_list()))

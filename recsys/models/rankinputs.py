@@ -48,7 +48,9 @@ class Facts:
 _FAR = {VIEW: 1.0, CART: 2.0, PURCHASE: 3.0, RATING: 3.0}
 _LIVES = {"now": 3_600_000.0, "lately": 3 * 86_400_000.0, "ever": 30 * 86_400_000.0}  # ms in which an event's weight halves
 MATCHES = (*(f"{what}_{when}" for when in _LIVES for what in ("category", "department", "brand")), "price_gap", "price_gap_squared", "price_level", "price_level_squared",
-           "history", "idle_hours", "age_days", "fresh")
+           "history", "idle_hours", "age_days", "fresh", "shown")
+_TIRED = 2 * 86_400_000.0  # ms in which having been shown counts half (impression discounting: Lee et al. 2014)
+_NONE = np.empty(0, np.int64)
 
 
 def matches(
@@ -59,8 +61,10 @@ def matches(
     candidates: np.ndarray,  # int [C]; n and above are newer than the facts, and as good as unknown
     *,
     now: int,  # ms
+    shown: np.ndarray = _NONE,  # int [S], what was in the shopper's latest lists
+    shown_at: np.ndarray = _NONE,  # int64 [S], and when (ms)
 ) -> np.ndarray:  # float32 [C, MATCHES]
-    "How each candidate compares with what the shopper met."
+    "How each candidate compares with what the shopper met, and how often it was shown."
     n = len(facts.price)
     at = np.where(candidates < n, candidates, 0)
     known = (met > 0) & (met < n)
@@ -74,8 +78,16 @@ def matches(
     gap = facts.level[at] - usual
     idle = np.log1p(age.min() / 3_600_000) if len(age) else np.log1p(24 * 90)
     days = np.nan_to_num(np.maximum(now - facts.since[at], 0) / 86_400_000, nan=365.0)
-    columns += [gap, gap**2, facts.level[at], facts.level[at]**2, np.log1p(len(met)), idle, np.log1p(days), np.exp2(-days / 5)]
+    columns += [gap, gap**2, facts.level[at], facts.level[at]**2, np.log1p(len(met)), idle, np.log1p(days), np.exp2(-days / 5), _tired(shown, np.maximum(now - shown_at, 0), candidates)]
     return np.stack([np.broadcast_to(np.asarray(c, np.float32), at.shape) for c in columns], axis=1)
+
+
+def _tired(shown: np.ndarray, age: np.ndarray, candidates: np.ndarray) -> np.ndarray | float:
+    "Log of how often each candidate was shown, lately counting most; as a number that the catalogue of the day may be too small for."
+    if not len(shown): return 0.0
+    times = np.bincount(shown, np.exp2(-age / _TIRED), minlength=int(candidates.max(initial=0)) + 1)
+    times[0] = 0  # not known
+    return np.log1p(times)[candidates]
 
 
 def _share(codes: np.ndarray, met: np.ndarray, weight: np.ndarray, at: np.ndarray) -> np.ndarray:

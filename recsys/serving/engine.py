@@ -25,7 +25,7 @@ from .arrange import PINNED, How, arrange, explore
 from .catalogue import Catalogue
 from .changes import Mark
 from .content import Content
-from .question import NO_PAST, Past, question
+from .question import NO_PAST, Before, Past, question
 from .rules import Rule, Rules
 from .sources import NOTHING, Candidates, Query, Source, alike, arrived, new, of_model, retrieve, similar
 from .wire import Filters, RecommendationRequest, Slot
@@ -73,6 +73,7 @@ class Slate:
     user_seq: int | None  # last event of the history that was applied; None without one
     policy: str = ""  # in words, for the impression
     rows: FeatureRows | None = None  # features that were read for it
+    before: int | None = None  # lists that the ranker knew were shown; None where it was not told
     retrieved: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # place (from 1) and score by retrieval of what is shown; empty where the slots are in that very order
 
     def without_features(self) -> "Slate":
@@ -234,13 +235,14 @@ class Engine:
             self._failed("model failed", e)
             return None
 
-    def answer(self, asked: Asked, user_seq: int | None, *, now: int, lost: bool = False, seed: int = 0, features: Features | None = None) -> Slate:
-        "A slate of candidates that `ask` found just now or before; `lost`: the shopper's past could not be read."
+    def answer(self, asked: Asked, user_seq: int | None, *, now: int, lost: bool = False, seed: int = 0, features: Features | None = None, before: Before | None = None) -> Slate:
+        "A slate of candidates that `ask` found just now or before; `lost`: the shopper's past could not be read. `features` and `before` are for the ranker."
         tier, found, query = WITHOUT_HISTORY if lost else self.best, asked.found, asked.query
         age, rows = max(now - self.asof, 0) if lost else 0, None
         if not query.k: return Slate([], tier, age, user_seq, self.policy)
         if made := asked.plain.get(tier): return made
         if query.now != now: query = replace(query, now=now)
+        if before is not None: query = replace(query, shown=before.items, shown_at=before.times)
         if found is None: tier, age, found = self._without_models(query)
         as_found, drawn = found, self.how.explore > 0
         if asked.found is not None and self.ranker is not None:
@@ -248,7 +250,7 @@ class Engine:
             tier, drawn = lower(tier, fallen), True
         shown, propensity = explore(arrange(found, query, self.catalogue, self.how, asked.rules), query.k, self.catalogue, self.how, seed=seed)
         slots = slots_of(self.catalogue, query, shown, propensity)
-        slate = Slate(slots, tier, age, user_seq, self.policy, rows, _retrieved(as_found, shown, slots))
+        slate = Slate(slots, tier, age, user_seq, self.policy, rows, before.lists if before is not None else None, _retrieved(as_found, shown, slots))
         if asked.found is not None and len(query.items): self.lists.keep(self.catalogue.ids(query.items[-1:].tolist())[0], [s.item_id for s in slots], now)
         if asked.found is not None and not drawn and not age: asked.plain[tier] = slate
         return slate

@@ -21,7 +21,7 @@ from .engine import Asked, Engine, Slate
 from .http import Answer, Call
 from .ids import recommendation_id, seed_of
 from .problems import Refused, check_request, decode, read_query
-from .question import NO_PAST, Known
+from .question import NO_PAST, Before, Known
 from .wire import BatchAnswer, BatchRequest, ListQuery, Recommendation, RecommendationRequest
 from .worker import Worker
 from ..telemetry import logger
@@ -31,7 +31,8 @@ def impression(
     id: str, user: str | None, request: RecommendationRequest, slate: Slate, used: Used = NOTHING, *, engine: Engine, now: int, latency_us: int, kind: str | None = None,
 ) -> dict[str, Any]:
     "A record of `schema.IMPRESSIONS`; `kind` names a list that is not for a shopper."
-    asked = {"request": msgspec.structs.replace(request, user_id=None), **({"list": kind} if kind else {}), **({"retrieved": slate.retrieved} if slate.retrieved else {}), **used.features}
+    asked = {"request": msgspec.structs.replace(request, user_id=None), **({"list": kind} if kind else {}), **({"retrieved": slate.retrieved} if slate.retrieved else {}),
+             **({"shown": slate.before} if slate.before is not None else {}), **used.features}
     slots = [{ITEM_ID: s.item_id, SCORE: s.score, RANK: n, SOURCE: s.source, PROPENSITY: s.propensity} for n, s in enumerate(slate.slots, 1)]
     return {RECOMMENDATION_ID: id, USER_ID: user, USER_SEQ: slate.user_seq, ITEMS_VERSION: used.items_version or engine.items_version, TS: now, SURFACE: request.surface,
             SLOTS: slots, POLICY: slate.policy, TIER: slate.tier, AGE_MS: slate.age_ms, BUNDLE: engine.bundle,
@@ -47,6 +48,16 @@ def _known(worker: Worker, engine: Engine, user: str) -> Known | None:
         logger("recsys.gateway").error("history cannot be read", error=str(e))
         return None
     return kept if history is None else worker.memory.put(user, history, engine.numbering, engine.past(history))
+
+
+def _before(worker: Worker, engine: Engine, user: str, now: int) -> Before | None:
+    "What the shopper was shown lately, for a ranker; None where there is no ranker, or it cannot be read."
+    if engine.ranker is None: return None
+    try: return Before.of(engine.catalogue, worker.log.shown(user, now=now))
+    except EventLogError as e:
+        worker.counts.failures.labels("shown").inc()
+        logger("recsys.gateway").error("what was shown cannot be read", error=str(e))
+        return None
 
 
 def _asked(engine: Engine, request: RecommendationRequest, known: Known | None, *, now: int) -> Asked:
@@ -90,7 +101,7 @@ def _answered(worker: Worker, engine: Engine, request: RecommendationRequest, st
     user = None if request.user_id is None else worker.vault.pseudonym(request.user_id)
     known = None if user is None else _known(worker, engine, user)
     slate = engine.answer(_asked(engine, request, known, now=now), known.user_seq if known else None, now=now, lost=known is None and user is not None, seed=seed_of(id),
-                          features=lambda ids: worker.features.rows(user, ids, now=now))
+                          features=lambda ids: worker.features.rows(user, ids, now=now), before=_before(worker, engine, user, now) if user is not None else None)
     used = _used(worker, user, slate, now)
     if used.missing: slate = slate.without_features()
     took = round((time.perf_counter() - started) * 1e6)

@@ -8,7 +8,7 @@ __all__ = ['NOTHING', 'Source', 'NEW', 'Query', 'Candidates', 'wanted', 'asked',
 
 # %% ../../nbs/600_serving/612_sources.ipynb #2ebdb49f
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -36,6 +36,8 @@ class Query:
     total: int  # items of the catalogue
     surface: str | None = None
     now: int = 0  # ms UTC
+    shown: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [S], what was in the shopper's latest lists
+    shown_at: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # int64 [S], ms: and when
 
     @property
     def types(self) -> tuple[str, ...]: return tuple(EVENT_TYPES[code] for code in self.met)
