@@ -16,15 +16,20 @@ import pytest
 from recsys.bench import loop
 from recsys.bench.loop import Clock, Plan
 from recsys.features.definitions import RANKER_V1, SERVICES
+from recsys.lake.eventlog import open_log
 from recsys.lake.tables import Lake
 from recsys.models import bundle, release
+from recsys.models.rankfit import examples
+from recsys.models.ranker import Ranker
 from recsys.ops import flows
+from recsys.ops.writer import Writer
 from recsys.serving.auth import Keys
 from recsys.serving.engine import Engine
 from recsys.serving.gateway import create_app
 from recsys.settings import Home, Settings, load
 from recsys.simulator import World
 from recsys.synth import DAY, T0
+from recsys.training.feedback import gather
 
 PLAN = Plan(shoppers=260, items=150, before=14, days=2, explore=0.3)
 
@@ -47,9 +52,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return home
 
 
-def answers(home: Home, settings: Settings, users: list[str]) -> list[dict[str, Any]]:
-    "What the gateway says to some shoppers, a day after the watch."
-    clock = Clock(World(PLAN.size(0), start_ms=T0).start_ms + (PLAN.before + PLAN.days) * DAY)
+def answers(home: Home, settings: Settings, users: list[str], *, later: int = 0) -> list[dict[str, Any]]:
+    "What the gateway says to some shoppers, one a second, a day after the watch and some ms."
+    clock = Clock(World(PLAN.size(0), start_ms=T0).start_ms + (PLAN.before + PLAN.days) * DAY + later)
     keys = Keys(home.keys)
     key = keys.create(["recs:read"], name="test")
     keys.close()
@@ -57,7 +62,11 @@ def answers(home: Home, settings: Settings, users: list[str]) -> list[dict[str, 
 
     async def ask() -> list[dict[str, Any]]:
         async with app.life.lifespan_context(app), httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://shop", headers={"Authorization": f"Bearer {key}"}) as client:
-            return [(await client.post("/v1/recommendations", json={"user_id": user, "k": 5, "filters": {"in_stock": True}})).json() for user in users]
+            found = []
+            for user in users:
+                clock.now += 1000
+                found.append((await client.post("/v1/recommendations", json={"user_id": user, "k": 5, "filters": {"in_stock": True}})).json())
+            return found
     return asyncio.run(ask())
 
 
@@ -82,6 +91,39 @@ def test_a_retrain_ships_a_ranker_and_the_gateway_serves_in_its_order(shop: Home
     assert len(refused) <= 1 and not [line for line in log if line["event"] == "ranker failed"]  # said once, and not at every answer
 
 
+def test_what_a_ranker_was_told_is_what_it_learns_from(shop: Home, monkeypatch: pytest.MonkeyPatch):
+    champion = bundle.champion(shop.registry)
+    if not bundle.manifest(champion).about["ranker"]: pytest.skip("the test before ships it")
+    settings, told, inputs = load({}, home=shop.path), list[tuple[list[int], np.ndarray]](), Ranker.inputs
+
+    def listening(self: Ranker, query: Any, candidates: Any, rows: Any) -> np.ndarray:
+        told.append((candidates.items.tolist(), made := inputs(self, query, candidates, rows)))
+        return made
+    monkeypatch.setattr(Ranker, "inputs", listening)
+    asked = ["shopper-00001", "shopper-00002", "shopper-00001", "nobody-else", "shopper-00001", "nobody-else"]  # each list is shown before the next one
+    found = answers(shop, settings, asked, later=DAY // 2)
+    told = told[-len(found):]  # a bundle is tried with a question when it is loaded
+    log = open_log(shop, settings)
+    clock = Clock(World(PLAN.size(0), start_ms=T0).start_ms + (PLAN.before + PLAN.days + 1) * DAY)
+    writer, lake = Writer(log, Lake(shop.lake), clock=clock), Lake(shop.lake)
+    while writer.step().impressions: pass
+    log.close()
+    feedback, release_ = gather(lake.scan("impressions"), lake.scan("events"), asof=clock.now), release.load(champion)
+    some = examples(feedback, release_.ranker.facts, release_.vocab, release_.ranker.scales)
+    learned, ids = release_.ranker.scales.scaled(some.raw), feedback.slots["recommendation_id"].to_list()
+    seen = list[bool]()
+    for answer, (items, rows) in zip(found, told, strict=True):
+        at = [n for n, id in enumerate(ids) if id == answer["recommendation_id"]]
+        assert len(at) == len(answer["items"]) == 5
+        for n in at:
+            served = rows[items.index(int(some.items[n]))]
+            np.testing.assert_allclose(served, learned[n], rtol=0, atol=1e-5, err_msg=answer["recommendation_id"])
+            seen.append(bool(some.raw[n][release_.ranker.scales.names.index("shown")] > 0))
+    assert any(seen) and not all(seen)
+    kept = {id: json.loads(text)["shown"] for id, text in lake.scan("impressions").select("recommendation_id", "features").collect().iter_rows() if id in {a["recommendation_id"] for a in found}}
+    assert kept[found[3]["recommendation_id"]] == 0 and kept[found[5]["recommendation_id"]] == 1
+
+
 def test_a_ranker_of_other_features_is_refused_when_it_is_loaded(shop: Home):
     champion = bundle.champion(shop.registry)
     if not bundle.manifest(champion).about["ranker"]: pytest.skip("the test before ships it")
@@ -91,7 +133,6 @@ def test_a_ranker_of_other_features_is_refused_when_it_is_loaded(shop: Home):
 
 
 def test_an_empty_impression_and_a_shop_without_any(shop: Home):
-    from recsys.training.feedback import gather
     lake = Lake(shop.lake)
     some = lake.scan("impressions")
     empty = some.with_columns(pl.col("slots").list.head(0))
