@@ -3094,6 +3094,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'recsys/training/ranknet.py'),
                                          'recsys.training.ranknet._tensors': ( '400_training/ranknet.html#_tensors',
                                                                                'recsys/training/ranknet.py'),
+                                         'recsys.training.ranknet._which': ( '400_training/ranknet.html#_which',
+                                                                             'recsys/training/ranknet.py'),
                                          'recsys.training.ranknet.chained': ( '400_training/ranknet.html#chained',
                                                                               'recsys/training/ranknet.py'),
                                          'recsys.training.ranknet.fit': ('400_training/ranknet.html#fit', 'recsys/training/ranknet.py'),

@@ -76,7 +76,7 @@ def fit(
     by = scales(some.raw, feedback.names, some.sources, some.strength)
     x, late = by.scaled(some.raw), some.lists >= (1 - held) * (some.lists.max() + 1)
     def network(rows: np.ndarray) -> dict[str, np.ndarray]:
-        return fit_network(x[rows], some.items[rows], some.places[rows], some.done[rows], count=len(vocab), seed=seed, shape=shape)
+        return fit_network(x[rows], some.items[rows], some.places[rows], some.done[rows], some.lists[rows], count=len(vocab), seed=seed, shape=shape)
     calibration, errors = _calibrated(network(~late), x[late], some, late) if late.any() and not late.all() else (None, {})
     about = {**feedback.counts(), "asof": feedback.asof, "first": feedback.slots[TS].min(), "last": feedback.slots[TS].max(), "seed": seed, "calibration_error": errors}
     return made(by, facts, network(np.ones(len(some), bool)), service=feedback.service, objective=objective, calibration=calibration, about=about)

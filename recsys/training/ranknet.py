@@ -24,10 +24,11 @@ class Shape:
     hidden: int = 24
     epochs: int = 6
     least_steps: int = 200  # small logs are read more often
-    batch: int = 512  # slots
+    batch: int = 512  # slots, about: of whole lists
     lr: float = 3e-3
     decay: float = 3.0  # of weights (Loshchilov & Hutter 2019): a day of a small shop has a hundred clicks
     decay_items: float = 3.0  # of each item's own number: it needs many impressions to say something
+    listwise: float = 4.0  # weight of the question which slot of its list is opened (Cao et al. 2007), beside how probably each one is
 
 
 class Net(nn.Module):
@@ -69,6 +70,7 @@ def fit(
     items: np.ndarray,  # int [N], 0 for none
     places: np.ndarray,  # int [N], from 1
     done: np.ndarray,  # bool [N, 3]: opened, in the cart, paid; each only with those before it
+    lists: np.ndarray,  # int [N], which list each slot was in, rising
     *,
     count: int,  # items there are
     seed: int = 0,
@@ -81,7 +83,7 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Net(inputs.shape[1], count, shape, rates(done))
-        _learn(net, _tensors(inputs, items, places, done, weights), shape)
+        _learn(net, _tensors(inputs, items, places, done, weights), np.flatnonzero(np.diff(lists)) + 1, shape)
     out = {name: p.detach().numpy().copy() for name, p in net.named_parameters()}
     fall = max(float(out.pop("fall")[0]), 0.0)  # nobody looks at later places first
     return {**out, "place": -fall * np.log(np.arange(1, PLACES + 1, dtype=np.float32))}
@@ -93,23 +95,33 @@ def _tensors(inputs: np.ndarray, items: np.ndarray, places: np.ndarray, done: np
             torch.from_numpy(done.astype(np.float32)), torch.from_numpy(_steps(done) * every[:, None]))
 
 # %% ../../nbs/400_training/475_ranknet.ipynb #ed07f24d
-def _learn(net: Net, data: tuple[Tensor, ...], shape: Shape) -> None:
-    "AdamW over all slots in a new order each time; the three losses are sums over the slots of their step."
+def _which(logits: Tensor, opened: Tensor, lists: Tensor) -> Tensor:
+    "Cross entropy of the slots that were opened [B] among all of their list, summed."
+    sums = torch.zeros(len(lists)).index_add(0, lists, (logits - logits.detach().max()).exp())  # as many lists as slots at the most
+    return (opened * (sums[lists].log() + logits.detach().max() - logits)).sum()
+
+
+def _learn(net: Net, data: tuple[Tensor, ...], cuts: np.ndarray, shape: Shape) -> None:
+    "AdamW over all lists in a new order each time; the losses are sums over the slots of their step."
     kinds: Mapping[str, list[Tensor]] = {"free": [net.line.bias, net.fall], "items": [net.item.weight], "rest": []}
     for name, p in net.named_parameters():
         if name not in ("line.bias", "fall", "item.weight"): kinds["rest"].append(p)
     decay = {"free": 0.01, "items": shape.decay_items, "rest": shape.decay}
     optimizer = torch.optim.AdamW([{"params": params, "weight_decay": decay[kind], "lr": shape.lr * (10 if kind == "free" else 1)} for kind, params in kinds.items()])
-    total, done = max(shape.epochs * -(-len(data[0]) // shape.batch), shape.least_steps), 0
+    lists = np.split(np.arange(len(data[0])), cuts)
+    together = max(1, shape.batch * len(lists) // len(data[0]))
+    total, done = max(shape.epochs * -(-len(lists) // together), shape.least_steps), 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.05, 1 - step / total))
     while done < total:
-        for some in torch.randperm(len(data[0])).split(shape.batch)[:total - done]:
-            x, item, place, target, weight = (part[some] for part in data)
+        for some in torch.randperm(len(lists)).split(together)[:total - done]:
+            rows = [lists[n] for n in some.tolist()]
+            whose = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(r) for r in rows]))
+            x, item, place, target, weight = (part[torch.from_numpy(np.concatenate(rows))] for part in data)
             logits = net(x, item)
             logits = torch.cat([logits[:, :1] - net.fall * place, logits[:, 1:]], 1)
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="sum") / len(some)
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="sum") + shape.listwise * _which(logits[:, 0], target[:, 0] * weight[:, 0], whose)
             optimizer.zero_grad()
-            (10 * loss).backward()
+            (10 * loss / len(x)).backward()
             optimizer.step()
             schedule.step()
             done += 1
