@@ -16,7 +16,7 @@ import pytest
 from recsys.bench import loop
 from recsys.bench.loop import Clock, Plan
 from recsys.features.definitions import RANKER_V1, SERVICES
-from recsys.lake.eventlog import open_log
+from recsys.lake.eventlog import EventLogError, Shown, SQLiteEventLog, open_log
 from recsys.lake.tables import Lake
 from recsys.models import bundle, release
 from recsys.models.rankfit import examples
@@ -122,6 +122,20 @@ def test_what_a_ranker_was_told_is_what_it_learns_from(shop: Home, monkeypatch: 
     assert any(seen) and not all(seen)
     kept = {id: json.loads(text)["shown"] for id, text in lake.scan("impressions").select("recommendation_id", "features").collect().iter_rows() if id in {a["recommendation_id"] for a in found}}
     assert kept[found[3]["recommendation_id"]] == 0 and kept[found[5]["recommendation_id"]] == 1
+
+
+def test_a_log_that_forgets_what_was_shown_costs_a_rung_and_no_answer(shop: Home, monkeypatch: pytest.MonkeyPatch):
+    if not bundle.manifest(bundle.champion(shop.registry)).about["ranker"]: pytest.skip("the test before ships it")
+    log = open_log(shop)
+    last = log.last("impressions")
+
+    def broken(self: SQLiteEventLog, user_id: str, *, now: int) -> list[Shown]: raise EventLogError("the disk is gone")
+    with monkeypatch.context() as patch:
+        patch.setattr(SQLiteEventLog, "shown", broken)
+        found = answers(shop, load({}, home=shop.path), ["shopper-00001"] * 2, later=DAY // 4)
+    assert [a["tier"] for a in found] == ["without features"] * 2 and all(len(a["items"]) == 5 for a in found)
+    assert [json.loads(row["features"])["shown"] for _, row in log.read("impressions", after=last, limit=9)] == [0, 0]  # and learned from as it was made
+    log.close()
 
 
 def test_a_ranker_of_other_features_is_refused_when_it_is_loaded(shop: Home):

@@ -51,13 +51,14 @@ def _known(worker: Worker, engine: Engine, user: str) -> Known | None:
 
 
 def _before(worker: Worker, engine: Engine, user: str, now: int) -> Before | None:
-    "What the shopper was shown lately, for a ranker; None where there is no ranker, or it cannot be read."
+    "What the shopper was shown lately, for a ranker; None where there is no ranker."
     if engine.ranker is None: return None
-    try: return Before.of(engine.catalogue, worker.log.shown(user, now=now))
+    try: lists = worker.log.shown(user, now=now)
     except EventLogError as e:
         worker.counts.failures.labels("shown").inc()
         logger("recsys.gateway").error("what was shown cannot be read", error=str(e))
-        return None
+        lists = None
+    return Before.of(engine.catalogue, lists)
 
 
 def _asked(engine: Engine, request: RecommendationRequest, known: Known | None, *, now: int) -> Asked:
@@ -100,10 +101,11 @@ def _answered(worker: Worker, engine: Engine, request: RecommendationRequest, st
     id = recommendation_id(now)
     user = None if request.user_id is None else worker.vault.pseudonym(request.user_id)
     known = None if user is None else _known(worker, engine, user)
+    before = _before(worker, engine, user, now) if user is not None else None
     slate = engine.answer(_asked(engine, request, known, now=now), known.user_seq if known else None, now=now, lost=known is None and user is not None, seed=seed_of(id),
-                          features=lambda ids: worker.features.rows(user, ids, now=now), before=_before(worker, engine, user, now) if user is not None else None)
+                          features=lambda ids: worker.features.rows(user, ids, now=now), before=before)
     used = _used(worker, user, slate, now)
-    if used.missing: slate = slate.without_features()
+    if used.missing or (before is not None and before.lost): slate = slate.without_features()
     took = round((time.perf_counter() - started) * 1e6)
     _count(worker, slate)
     return Recommendation(id, slate.slots, slate.tier, slate.age_ms, engine.bundle), impression(id, user, request, slate, used, engine=engine, now=now, latency_us=took)

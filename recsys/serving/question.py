@@ -65,9 +65,12 @@ class Before:
     items: np.ndarray  # int32 [S], all slots of the latest lists; 0 where the catalogue does not know one
     times: np.ndarray  # int64 [S], ms: and when
     lists: int  # that were read
+    lost: bool = False  # they could not be read
 
     @classmethod
-    def of(cls, catalogue: Catalogue, lists: Sequence[Shown]) -> "Before":
+    def of(cls, catalogue: Catalogue, lists: Sequence[Shown] | None) -> "Before":
+        "`lists` as the log has them; None where it cannot be read."
+        if lists is None: return cls(np.empty(0, np.int32), np.empty(0, np.int64), 0, True)
         return cls(catalogue.encode([item for _, items in lists for item in items]), np.repeat(np.array([ts for ts, _ in lists], np.int64), [len(items) for _, items in lists]), len(lists))
 
 # %% ../../nbs/600_serving/619_question.ipynb #b892e87e
