@@ -325,8 +325,8 @@ def report(runs: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:
     by_day = {p: [round(share([{**r, "asked": [a for a in r["asked"] if a["day"] == d]} for r in runs], p), 4) for d in range(plan.days)] for p in policies}
     shares = {p: {"all": share(runs, p), "last_days": share(runs, p, since=max(plan.days - 3, 0)), "new_items": share(runs, p, ours="new_items", theirs="new_items_best"),
                   "new_shoppers": share(newcomers, p), "lists": sum(len(r["asked"]) for r in runs if r["policy"] == p)} for p in policies}
-    full = asdict(gain(runs, "full", "retrieval")) if {"full", "retrieval"} <= set(policies) else None
-    return {"plan": asdict(plan), "seeds": seeds, "shares": shares, "by_day": by_day, "gain_of_full_over_retrieval": full, "reliability": reliable([r["nights"][-1] for r in runs if r["nights"]]),
+    gains = {p: asdict(gain(runs, "full", p)) for p in policies if p != "full"} if "full" in policies else {}
+    return {"plan": asdict(plan), "seeds": seeds, "shares": shares, "by_day": by_day, "gains_of_full_over": gains, "reliability": reliable([r["nights"][-1] for r in runs if r["nights"]]),
             "cpu_s": {p: round(float(np.mean([r["cpu_s"] for r in runs if r["policy"] == p])), 1) for p in policies},
             "nights": [{"seed": r["seed"], **{k: n[k] for k in ("day", "promote", "why", "lists") if k in n}} for r in runs if r["policy"] == "full" for n in r["nights"]]}
 

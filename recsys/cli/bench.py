@@ -194,7 +194,5 @@ def bench_loop(
             report = bench.loop(bench.Plan(shoppers=shoppers, items=items, before=before, days=days), [int(s) for s in seeds.split(",")], work=opened(home)[0].work / "bench",
                                 policies=[p.strip() for p in policies.split(",") if p.strip()], processes=processes, progress=step)
         kept = bench.keep(report, _results(results))
-    gained = report["gain_of_full_over_retrieval"]
-    text = f"{table(bench.lines(report), none='')}"
-    if gained: text += f"\nfull over retrieval: {gained['mean']:+.1%} [{gained['low']:+.1%}, {gained['high']:+.1%}]"
-    tell(kept, json=json, text=f"{text}\nfigures and plot: {', '.join(kept['files'])}")
+    gains = [f"full over {name}: {g['mean']:+.1%} [{g['low']:+.1%}, {g['high']:+.1%}]" for name, g in report["gains_of_full_over"].items()]
+    tell(kept, json=json, text="\n".join((table(bench.lines(report), none=""), *gains, f"figures and plot: {', '.join(kept['files'])}")))
