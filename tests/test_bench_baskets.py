@@ -86,7 +86,7 @@ def test_a_ranker_learns_what_is_due(rows: pl.DataFrame) -> None:
     chance = ranker.bought_chance(found, late)
     coffee = np.array([name is not None and name.startswith("COFFEE") for name in [None, *late.vocab.ids]])[late.items] & (late.values[:, :, 0] > 1)
     due = coffee & late.bought
-    assert due.any() and chance[due].mean() > 2 * chance[coffee & ~late.bought].mean()  # everybody has bought it often; only every second week it is due
+    assert due.any() and chance[due].mean() > chance[coffee & ~late.bought].mean() + 0.2  # everybody has bought it often; only every second week it is due
     same = ranker.bought_chance(ranker.learned([early], late, seed=0, decay=0.1), late)
     assert np.array_equal(same, chance)
 
