@@ -19,8 +19,8 @@ from recsys.features.definitions import RANKER_V1, SERVICES
 from recsys.lake.eventlog import EventLogError, Shown, SQLiteEventLog, open_log
 from recsys.lake.tables import Lake
 from recsys.models import bundle, release
-from recsys.models.rankfit import examples
 from recsys.models.ranker import Ranker
+from recsys.models.rankfit import examples
 from recsys.ops import flows
 from recsys.ops.writer import Writer
 from recsys.serving.auth import Keys
