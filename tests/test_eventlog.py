@@ -149,6 +149,13 @@ def test_what_a_user_was_shown_last_is_at_hand(log: EventLog, place: Place):
     other.close()
 
 
+def test_a_database_of_another_version_says_so(tmp_path: Path):
+    old = sqlite3.connect(tmp_path / "impressions.sqlite")
+    old.execute("CREATE TABLE impressions(seq INTEGER PRIMARY KEY AUTOINCREMENT, recommendation_id BLOB NOT NULL UNIQUE, ts INTEGER NOT NULL, body BLOB NOT NULL)")
+    old.close()
+    with pytest.raises(EventLogError, match=r"impressions.sqlite: no such column: user_id .* made by another version: let that one's writer move what it holds"): SQLiteEventLog(tmp_path)
+
+
 def test_a_stream_has_a_name_and_a_log_an_identity(log: EventLog, place: Place, tmp_path: Path):
     with pytest.raises(ValueError, match="must be one of events, impressions, items"): log.read("clicks", after=0, limit=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be 1 or more"): place.open(history=0)

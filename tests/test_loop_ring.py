@@ -52,8 +52,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return home
 
 
-def answers(home: Home, settings: Settings, users: list[str], *, later: int = 0) -> list[dict[str, Any]]:
-    "What the gateway says to some shoppers, one a second, a day after the watch and some ms."
+def answers(home: Home, settings: Settings, users: list[str], *, later: int = 0, batch: bool = False) -> list[dict[str, Any]]:
+    "What the gateway says to some shoppers, one a second or all at once, a day after the watch and some ms."
     clock = Clock(World(PLAN.size(0), start_ms=T0).start_ms + (PLAN.before + PLAN.days) * DAY + later)
     keys = Keys(home.keys)
     key = keys.create(["recs:read"], name="test")
@@ -62,10 +62,11 @@ def answers(home: Home, settings: Settings, users: list[str], *, later: int = 0)
 
     async def ask() -> list[dict[str, Any]]:
         async with app.life.lifespan_context(app), httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://shop", headers={"Authorization": f"Bearer {key}"}) as client:
-            found = []
-            for user in users:
+            found, requests = [], [{"user_id": user, "k": 5, "filters": {"in_stock": True}} for user in users]
+            if batch: return (await client.post("/v1/recommendations/batch", json={"requests": requests})).json()["answers"]
+            for request in requests:
                 clock.now += 1000
-                found.append((await client.post("/v1/recommendations", json={"user_id": user, "k": 5, "filters": {"in_stock": True}})).json())
+                found.append((await client.post("/v1/recommendations", json=request)).json())
             return found
     return asyncio.run(ask())
 
@@ -91,7 +92,8 @@ def test_a_retrain_ships_a_ranker_and_the_gateway_serves_in_its_order(shop: Home
     assert len(refused) <= 1 and not [line for line in log if line["event"] == "ranker failed"]  # said once, and not at every answer
 
 
-def test_what_a_ranker_was_told_is_what_it_learns_from(shop: Home, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("batch", [False, True])
+def test_what_a_ranker_was_told_is_what_it_learns_from(shop: Home, monkeypatch: pytest.MonkeyPatch, batch: bool):
     champion = bundle.champion(shop.registry)
     if not bundle.manifest(champion).about["ranker"]: pytest.skip("the test before ships it")
     settings, told, inputs = load({}, home=shop.path), list[tuple[list[int], np.ndarray]](), Ranker.inputs
@@ -100,8 +102,9 @@ def test_what_a_ranker_was_told_is_what_it_learns_from(shop: Home, monkeypatch: 
         told.append((candidates.items.tolist(), made := inputs(self, query, candidates, rows)))
         return made
     monkeypatch.setattr(Ranker, "inputs", listening)
-    asked = ["shopper-00001", "shopper-00002", "shopper-00001", "nobody-else", "shopper-00001", "nobody-else"]  # each list is shown before the next one
-    found = answers(shop, settings, asked, later=DAY // 2)
+    new = f"nobody-{batch}"
+    asked = ["shopper-00001", "shopper-00002", "shopper-00001", new, "shopper-00001", new]  # each list is shown before the next one; not so in a batch, where all are made and then go
+    found = answers(shop, settings, asked, later=DAY // 2 + batch * DAY // 8, batch=batch)
     told = told[-len(found):]  # a bundle is tried with a question when it is loaded
     log = open_log(shop, settings)
     clock = Clock(World(PLAN.size(0), start_ms=T0).start_ms + (PLAN.before + PLAN.days + 1) * DAY)
@@ -121,7 +124,7 @@ def test_what_a_ranker_was_told_is_what_it_learns_from(shop: Home, monkeypatch: 
             seen.append(bool(some.raw[n][release_.ranker.scales.names.index("shown")] > 0))
     assert any(seen) and not all(seen)
     kept = {id: json.loads(text)["shown"] for id, text in lake.scan("impressions").select("recommendation_id", "features").collect().iter_rows() if id in {a["recommendation_id"] for a in found}}
-    assert kept[found[3]["recommendation_id"]] == 0 and kept[found[5]["recommendation_id"]] == 1
+    assert kept[found[3]["recommendation_id"]][0] == 0 and kept[found[5]["recommendation_id"]][0] == (not batch)
 
 
 def test_a_log_that_forgets_what_was_shown_costs_a_rung_and_no_answer(shop: Home, monkeypatch: pytest.MonkeyPatch):
@@ -134,7 +137,7 @@ def test_a_log_that_forgets_what_was_shown_costs_a_rung_and_no_answer(shop: Home
         patch.setattr(SQLiteEventLog, "shown", broken)
         found = answers(shop, load({}, home=shop.path), ["shopper-00001"] * 2, later=DAY // 4)
     assert [a["tier"] for a in found] == ["without features"] * 2 and all(len(a["items"]) == 5 for a in found)
-    assert [json.loads(row["features"])["shown"] for _, row in log.read("impressions", after=last, limit=9)] == [0, 0]  # and learned from as it was made
+    assert [json.loads(row["features"])["shown"] for _, row in log.read("impressions", after=last, limit=9)] == [[0, 0]] * 2  # and learned from as it was made
     log.close()
 
 

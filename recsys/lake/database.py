@@ -22,6 +22,7 @@ from .records import EventLogError
 
 # %% ../../nbs/100_lake/130_database.ipynb #d7a9f625
 REMEDIES = {"SQLITE_FULL": "make room on the disk", "SQLITE_BUSY": "another process holds the log: see which one, or write smaller batches",
+            "SQLITE_ERROR": "it was made by another version: let that one's writer move what it holds to the lake, and put the file aside",
             "SQLITE_READONLY": "give this process the right to write there", "SQLITE_CANTOPEN": "make the folder, or give the right to it"}
 
 

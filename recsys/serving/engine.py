@@ -73,7 +73,7 @@ class Slate:
     user_seq: int | None  # last event of the history that was applied; None without one
     policy: str = ""  # in words, for the impression
     rows: FeatureRows | None = None  # features that were read for it
-    before: int | None = None  # lists that the ranker knew were shown; None where it was not told
+    before: tuple[int, int] | None = None  # what the ranker knew was shown, see `Before.read`; None where it was not asked
     retrieved: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # place (from 1) and score by retrieval of what is shown; empty where the slots are in that very order
 
     def without_features(self) -> "Slate":
@@ -250,7 +250,7 @@ class Engine:
             tier, drawn = lower(tier, fallen), True
         shown, propensity = explore(arrange(found, query, self.catalogue, self.how, asked.rules), query.k, self.catalogue, self.how, seed=seed)
         slots = slots_of(self.catalogue, query, shown, propensity)
-        slate = Slate(slots, tier, age, user_seq, self.policy, rows, before.lists if before is not None else None, _retrieved(as_found, shown, slots))
+        slate = Slate(slots, tier, age, user_seq, self.policy, rows, before.read if before is not None else None, _retrieved(as_found, shown, slots))
         if asked.found is not None and len(query.items): self.lists.keep(self.catalogue.ids(query.items[-1:].tolist())[0], [s.item_id for s in slots], now)
         if asked.found is not None and not drawn and not age: asked.plain[tier] = slate
         return slate

@@ -50,10 +50,10 @@ def _known(worker: Worker, engine: Engine, user: str) -> Known | None:
     return kept if history is None else worker.memory.put(user, history, engine.numbering, engine.past(history))
 
 
-def _before(worker: Worker, engine: Engine, user: str, now: int) -> Before | None:
-    "What the shopper was shown lately, for a ranker; None where there is no ranker."
+def _before(worker: Worker, engine: Engine, user: str, now: int, *, lost: bool) -> Before | None:
+    "What the shopper was shown lately, for a ranker; None where there is no ranker. A log that has `lost` the history is not asked again."
     if engine.ranker is None: return None
-    try: lists = worker.log.shown(user, now=now)
+    try: lists = None if lost else worker.log.shown(user, now=now)
     except EventLogError as e:
         worker.counts.failures.labels("shown").inc()
         logger("recsys.gateway").error("what was shown cannot be read", error=str(e))
@@ -101,7 +101,7 @@ def _answered(worker: Worker, engine: Engine, request: RecommendationRequest, st
     id = recommendation_id(now)
     user = None if request.user_id is None else worker.vault.pseudonym(request.user_id)
     known = None if user is None else _known(worker, engine, user)
-    before = _before(worker, engine, user, now) if user is not None else None
+    before = _before(worker, engine, user, now, lost=known is None) if user is not None else None
     slate = engine.answer(_asked(engine, request, known, now=now), known.user_seq if known else None, now=now, lost=known is None and user is not None, seed=seed_of(id),
                           features=lambda ids: worker.features.rows(user, ids, now=now), before=before)
     used = _used(worker, user, slate, now)

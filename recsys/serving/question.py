@@ -7,7 +7,7 @@ __all__ = ['NO_PAST', 'SURFACES', 'distinct', 'Past', 'Before', 'question', 'Kno
 
 # %% ../../nbs/600_serving/619_question.ipynb #8e55efce
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -64,14 +64,15 @@ class Before:
 
     items: np.ndarray  # int32 [S], all slots of the latest lists; 0 where the catalogue does not know one
     times: np.ndarray  # int64 [S], ms: and when
-    lists: int  # that were read
+    read: tuple[int, int]  # how many lists, and when the last of them was made (ms): what training reads again
     lost: bool = False  # they could not be read
 
     @classmethod
     def of(cls, catalogue: Catalogue, lists: Sequence[Shown] | None) -> "Before":
-        "`lists` as the log has them; None where it cannot be read."
-        if lists is None: return cls(np.empty(0, np.int32), np.empty(0, np.int64), 0, True)
-        return cls(catalogue.encode([item for _, items in lists for item in items]), np.repeat(np.array([ts for ts, _ in lists], np.int64), [len(items) for _, items in lists]), len(lists))
+        "`lists` as the log has them, the last one first; None where it cannot be read."
+        if lists is None: return replace(cls.of(catalogue, ()), lost=True)
+        times = np.repeat(np.array([ts for ts, _ in lists], np.int64), [len(items) for _, items in lists])
+        return cls(catalogue.encode([item for _, items in lists for item in items]), times, (len(lists), lists[0][0] if lists else 0))
 
 # %% ../../nbs/600_serving/619_question.ipynb #b892e87e
 def question(catalogue: Catalogue, how: How, request: RecommendationRequest, past: Past, *, now: int, rules: Sequence[Rule] = (), most: int, beside: int = 0) -> Query:

@@ -96,9 +96,11 @@ def _tensors(inputs: np.ndarray, items: np.ndarray, places: np.ndarray, done: np
 
 # %% ../../nbs/400_training/475_ranknet.ipynb #ed07f24d
 def _which(logits: Tensor, opened: Tensor, lists: Tensor) -> Tensor:
-    "Cross entropy of the slots that were opened [B] among all of their list, summed."
-    sums = torch.zeros(len(lists)).index_add(0, lists, (logits - logits.detach().max()).exp())  # as many lists as slots at the most
-    return (opened * (sums[lists].log() + logits.detach().max() - logits)).sum()
+    "Cross entropy of the slots that were opened [B] among all of their list, summed; `lists` [B] are numbers from 0."
+    none = torch.full((int(lists[-1]) + 1,), -torch.inf)
+    peak = none.scatter_reduce(0, lists, logits.detach(), "amax")  # of each list: another one's would leave nothing of it
+    sums = torch.zeros_like(none).index_add(0, lists, (logits - peak[lists]).exp())
+    return (opened * (sums[lists].log() + peak[lists] - logits)).sum()
 
 
 def _learn(net: Net, data: tuple[Tensor, ...], cuts: np.ndarray, shape: Shape) -> None:
