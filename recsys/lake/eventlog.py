@@ -6,7 +6,8 @@
 __all__ = ['open_log']
 
 # %% ../../nbs/100_lake/138_eventlog.ipynb #8e5f652c
-from .records import Busy as Busy, EventLog as EventLog, EventLogError as EventLogError, GroupCommit as GroupCommit, RecordError as RecordError
+from .group_commit import GroupCommit as GroupCommit
+from .records import Busy as Busy, EventLog as EventLog, EventLogError as EventLogError, RecordError as RecordError
 from .records import Appended as Appended, History as History, Shown as Shown, Stream as Stream
 from .redis_log import RedisEventLog as RedisEventLog
 from .redis_server import checked_address, with_password
