@@ -75,7 +75,7 @@ def judge(
     least: int = 50,  # lists with something that was wanted; fewer decide nothing
     confidence: float = 0.95,  # that it is not worse than retrieval: of the lower end of the gain
     tolerance: float = 0.002,  # loss, as a part, that is taken for noise
-    reigning: bool = False,  # shoppers have a ranker already: it stays while it may be better
+    reigning: bool = False,  # shoppers have a ranker already: it chose the lists, and stays while what was drawn may be for it
 ) -> Judged:
     "Fit and ask, part by part; a first ranker is let through where it gains on the mean, does not lose more than `tolerance` for sure, and what was drawn does not speak against it."
     if len(feedback) < 2 * least: return _undecided(len(feedback), 0, f"{len(feedback)} lists were shown; a ranker wants {2 * least} at least")
@@ -140,7 +140,8 @@ def decided(parts: Sequence[_Answered], *, least: int, confidence: float, tolera
     pairs = [np.concatenate([p.by_pair[n] for p in parts]) for n in range(2)]
     whose_pair = [p.whose_pair for p in parts]
     drawn, surely = (gained(pairs, whose_pair, c) if len(pairs[0]) > 1 and pairs[1].any() else None for c in (confidence, VETO))
-    told = drawn if drawn and gain.low == gain.high == 0 else gain  # where no place is looked at more than another, only what was drawn tells orders apart
+    # only what was drawn tells orders apart where no place is looked at more than another, and where a ranker chose the lists: what retrieval ranks low is in them by the ranker's word alone, so that within them retrieval looks the wiser of the two
+    told = drawn if drawn and (reigning or gain.low == gain.high == 0) else gain
     promote = (told.high > 0 if reigning else told.mean > 0 and told.low > -tolerance) and (surely is None or surely.high >= 0)
     why = f"its order brings {_percent(gain)} of what retrieval's brings on {len(ours)} later lists" + (f", {_percent(drawn)} where places were drawn" if drawn else "")
     return Judged(len(ours), wanted, {"ranker": float(ours.mean()), "retrieval": float(theirs.mean())}, gain, drawn, errors, curve, promote, why + ("" if promote else ", which may be nothing"))

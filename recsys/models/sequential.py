@@ -25,10 +25,10 @@ from .contract import Slates, best_above_zero, check, learnable, places
 from .encoder import Encoder
 from .forward import Forward, forward_of
 from .index import NONE, Index
-from ..prep.inputs import SIDES, Log, Side, held_back, log_of, read, words_of
+from ..prep.inputs import SIDES, Log, Side, held_back, log_of, read, there, words_of
 from ..prep.sequences import Sequences
 from ..prep.vocab import Vocab
-from ..schema import ITEM_ID
+from ..schema import ITEM_ID, TS
 
 # %% ../../nbs/500_models/550_sequential.ipynb #6cb747a9
 if TYPE_CHECKING: from recsys.training.pace import Clock, Result, Status
@@ -287,7 +287,7 @@ def fit(
     if not (log.histories.lengths > 1).any(): return replace(model(), counts=np.zeros_like(counts), words=np.empty((0, dim), np.float32))  # nothing follows anything
     left = None if minutes is None else max(minutes - ((spare(model()) if spare else 0.0) + now(clock) - started) / 60, 0.01)
     how = Options(epochs=epochs, minutes=left, clock=clock, lr=lr, weight_decay=weight_decay, ema=ema, patience=patience, seed=seed, device=device, dtype=dtype, compile=compile)
-    task = NextItem(net, log.histories, seed=seed, tokens=tokens, negatives=negatives, sides=log.sides)
+    task = NextItem(net, log.histories, seed=seed, tokens=tokens, negatives=negatives, sides=log.sides, there=None if items is None else there(items, vocab, known[TS]))
     result = train(task, how, folder=folder, validate=validate and (lambda: validate(model())), progress=progress)
     trained, some = model(), np.random.default_rng(seed).permutation(len(log.histories))[:ASKED]
     return replace(trained, training=result, asked=trained.states(log.histories.take(some)))

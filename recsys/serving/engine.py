@@ -24,7 +24,7 @@ from ..schema import CART, EVENT_TYPES, PURCHASE, RATING, VIEW
 from .arrange import PINNED, How, arrange, explore
 from .catalogue import Catalogue
 from .changes import Mark
-from .content import Content
+from .content import Content, unproven
 from .question import NO_PAST, Before, Past, question
 from .rules import Rule, Rules
 from .sources import NOTHING, Candidates, Query, Source, alike, arrived, new, of_model, retrieve, similar
@@ -157,7 +157,7 @@ class Engine:
         about, data = found.manifest.about, found.manifest.about.get("data") or {}
         counts = getattr(models[-1], "counts", np.ones(len(found.vocab)))
         engine = cls(found.id, data.get("asof") or about["created"], str(data.get("items_version") or found.id), models, Catalogue.of(found.items, found.vocab), how,
-                     ranker=None if without else found.ranker, content=Content.of(found.items, counts == 0), mark=Mark.of(about), without=without)
+                     ranker=None if without else found.ranker, content=Content.of(found.items, unproven(found.items, counts, asof=data.get("asof") or about["created"])), mark=Mark.of(about), without=without)
         if without: logger("recsys.engine").error("ranker refused", bundle=found.id, why=without)
         tried = engine.recommend(RecommendationRequest(items=found.vocab.ids.head(3).to_list()), None, now=about["created"])
         if tried.tier != engine.best: raise BundleError(f"{path}: it fails on a first question; see the log, and train again")

@@ -120,11 +120,13 @@ class NextItem:
         loss: Loss | None = None,  # default: `softmax`, or `sampled` where there are negatives
         sides: Sequence[np.ndarray] = (),  # int64 [N] each, codes of the events of the sequences
         untold: float = 0.2,  # share of rows whose sides are hidden, so that the net also answers without
+        there: np.ndarray | None = None,  # float [n], above 0: share of the log in which each item could be chosen, see `inputs.there`; of `softmax`
     ) -> None:
         self.module: nn.Module = net
         self.net, kind = net, loss or ("sampled" if negatives else "softmax")
         self.batches = Batches(sequences, net.shape.items, net.shape.length, kind, seed, tokens, negatives, power, sides, untold)
-        self.prior = torch.where(torch.from_numpy(self.batches.counts) > 0, 0.0, -1e4)  # what never occurs is no wrong answer: it was not there to choose
+        prior = torch.zeros(net.shape.items) if there is None else torch.from_numpy(np.log(there).astype(np.float32))  # a wrong answer only while it was there: so it scores as one that always was
+        self.prior = torch.where(torch.from_numpy(self.batches.counts) > 0, prior, -1e4)  # what never occurs was never there
 
     def plan(self, epoch: int) -> Sequence[np.ndarray]: return self.batches.plan(epoch)
     def targets(self, rows: np.ndarray) -> int: return int((rows[:, 2] - rows[:, 1]).sum())
