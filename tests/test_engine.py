@@ -130,6 +130,16 @@ def test_a_bundle_loads_with_the_policy_of_the_settings(tmp_path: Path, hide_see
     assert loaded.how.hide_seen == hide_seen and loaded.asof == NOW and [m.name for m in loaded.models] == ["covisit", "popular"]
 
 
+def test_an_item_that_few_met_is_still_new(tmp_path: Path):
+    rows, vocab = interactions(WORLD.events.lazy()).collect(), Vocab.build(WORLD.items[ITEM_ID])
+    floor = popular.fit(rows, asof=NOW, vocab=vocab)
+    items = WORLD.items.with_columns(pl.when(pl.col(ITEM_ID) == "rake").then(NOW - 2 * DAY).otherwise(NOW - 90 * DAY).alias(AVAILABLE_FROM))
+    about = {"created": NOW, "data": {"asof": NOW}, "metrics": {}, "settings": {}}
+    loaded = Engine.load(release.write_bundle([floor], items, registry=tmp_path, about=about))
+    rake, mug = vocab.encode(["rake", "mug"])
+    assert floor.counts[[rake, mug]].all() and rake in loaded.content.new and mug not in loaded.content.new
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_who_is_remembered_gets_what_a_stranger_with_the_same_past_gets(tmp_path: Path, seed: int):
     rng, log, memory = random.Random(seed), SQLiteEventLog(tmp_path), Memory(5)
