@@ -5,19 +5,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import polars as pl
 import pytest
 
 from recsys.lake.tables import Lake
-from recsys.models import bundle, release
+from recsys.models import bundle, recipes, release
 from recsys.models.contract import Filled
+from recsys.models.recipes import Recipe
 from recsys.ops import flows
 from recsys.ops.flows import FlowError
 from recsys.prep.sequences import Sequences
 from recsys.schema import EVENTS, ITEM_ID, ITEMS, TS, TS_IS_ORDER
 from recsys.settings import Home, load
 from recsys.simulator import Size, World
-from recsys.synth import checkerboard, shop
+from recsys.synth import DAY, T0, checkerboard, shop
+from recsys.training.evaluate import Evaluation
 
 
 def opened(folder: Path, events: pl.DataFrame, items: pl.DataFrame | None = None) -> Home:
@@ -82,6 +86,55 @@ def test_a_network_in_a_retrain_meets_the_same_gate(tmp_path):
     if not found["decision"]["promote"]: assert found["recipe"].startswith("popular") and any("than the counts" in r for r in found["reasons"])
     parts = release.load(home.registry / "bundles" / found["bundle"]).models
     assert list(parts)[0] == ("blend" if found["decision"]["promote"] else "popular")
+
+
+def by_hand(home: Home, *steps: str, **params: str) -> None:
+    "Pipelines in this process, cell by cell."
+    for step in steps:
+        space: dict[str, Any] = {}
+        with pl.Config():
+            for cell in json.loads((Path(__file__).parents[1] / "nbs" / "pipelines" / f"{step}.ipynb").read_text())["cells"]:
+                if cell["cell_type"] == "code": exec("".join(cell["source"]), space)
+                if "parameters" in cell["metadata"].get("tags", []): space |= {"home": str(home.path), **params}
+        plt.close("all")
+        space.clear()
+
+
+def colours() -> tuple[pl.DataFrame, pl.DataFrame]:
+    "Half of the shoppers like red, half of them blue. On day 17 of 20 one thing of each colour is launched, and half of what is looked at on the last two days is that."
+    rng, rows = np.random.default_rng(0), []
+    for user in range(120):
+        liked = [f"i{2 * n + user % 2:02}" for n in rng.permutation(12)[:6]]
+        if user % 4 > 1: liked[5] = f"i{24 + user % 2}"
+        days = [*rng.uniform(0, 16, 4), rng.uniform(16, 18), rng.uniform(18, 20)]
+        rows += [(f"u{user:03}", item, T0 + int(day * DAY)) for item, day in zip(liked, days, strict=True)]
+    views = pl.DataFrame(rows, schema=["user_id", "item_id", "ts"], orient="row").with_columns(type=pl.lit("view"), event_id=pl.lit("e") + pl.int_range(pl.len()).cast(pl.String), known_ts="ts")
+    items = [{"item_id": f"i{n}" if n > 9 else f"i0{n}", "category": ("red", "blue")[n % 2], "available_from": T0 + 17 * DAY * (n > 23), "ts": T0} for n in range(28)]  # nobody meets the last two
+    return pl.concat([pl.DataFrame(schema=EVENTS), views], how="diagonal"), pl.DataFrame(items, schema=ITEMS)
+
+
+def test_the_network_of_a_retrain_knows_items_by_their_words(tmp_path):
+    events, items = colours()
+    home, early = opened(tmp_path / "home", events, items), events.filter(pl.col(TS) < T0 + 10 * DAY)
+    recipe = Recipe("sequential", {"dim": 16, "tokens": 100, "lr": 2e-2, "dropout": 0.0, "length": 8, "dtype": "fp32"})
+    fitted = recipes.fit(recipe, early, asof=T0 + 10 * DAY, epochs=10)  # without words, as any before them
+    about = {"recipe": recipe.plain, "epochs": 10, "created": T0, "data": {}, "metrics": {}, "settings": {}}
+    bundle.promote(home.registry, release.write_bundle(list(fitted.values()), items, registry=home.registry, about=about).name, reason="by hand")
+
+    by_hand(home, "prepare", "features", "train", "evaluate", "publish", run_id="one")
+    found = release.load(bundle.champion(home.registry))
+    network = found.models["sequential"]
+    assert len(network.words) and bundle.manifest(found.manifest.path).about["run_id"] == "one"  # it passed the gate, though counting knows colours, too
+    red, blue, new_red, new_blue = ([found.vocab.encode([f"i{n:02}"])[0] for n in numbers] for numbers in ((0, 2, 4), (1, 3, 5), (26,), (27,)))
+    after_red, after_blue = network.scores(Sequences.from_lists([red, blue]))
+    assert network.counts[new_red + new_blue].sum() == 0
+    assert (after_red[new_red] > 1 / 28 > after_red[new_blue]).all() and (after_blue[new_blue] > 1 / 28 > after_blue[new_red]).all()
+
+    by_hand(home, "train", "evaluate", run_id="one", model="covisit")  # another challenger: the network is fitted again as the champion
+    judged = {role: Evaluation.read(home.work / "one" / "evaluation" / role) for role in ("challenger", "baseline", "champion")}
+    assert len({e.key for e in judged.values()}) == 1 and judged["champion"].name.startswith("sequential")
+    new = {role: e.slices.filter(slice="new items", metric="ndcg@10")["mean"].item() for role, e in judged.items()}
+    assert new["champion"] > 0.3 > 0.1 > max(new["challenger"], new["baseline"])
 
 
 def test_a_new_shop_starts_somewhere(tmp_path):

@@ -216,7 +216,7 @@ def fit(
     members: int = 1,  # networks, of different seeds
     echo: float = 0.0,  # weight of popularity with an echo; 0: no such part
     echoes: Mapping[str, Any] | None = None,  # options of its `popular.fit`
-    **run: Any,  # epochs, minutes, progress, folder, device: of the network
+    **run: Any,  # epochs, minutes, progress, folder, device, items: of the network
 ) -> Blend:
     "Fit the parts. Raises ValueError."
     near = covisit.fit(interactions, asof=asof, seed=seed, vocab=vocab, **(counts or {}))

@@ -205,7 +205,7 @@ def best(
     options: Mapping[str, Any] | None = None,  # of the network, over those of `network`
     members: int = MEMBERS,  # networks of a blend, at the most: more than one where there is time, and each costs at every answer
     progress: Progress | None = None,
-    **run: Any,  # folder, device: of the network, see `sequential.fit`
+    **run: Any,  # folder, device, items: of the network, see `sequential.fit`
 ) -> Choice:
     "Fit and judge what the kind allows, within the time, and take the best on validation. Raises RecipeError."
     budget, counted = Budget(minutes, clock), _counted(which, question)

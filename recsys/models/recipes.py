@@ -18,7 +18,7 @@ import polars as pl
 from . import blend, covisit, popular, sequential
 from .contract import Filled, Model
 from ..prep.vocab import Vocab
-from ..schema import ITEM_ID, USER_ID
+from ..schema import AVAILABLE_FROM, ITEM_ID, USER_ID
 
 # %% ../../nbs/500_models/570_recipes.ipynb #44bebbab
 KINDS: dict[str, Any] = {"popular": popular, "covisit": covisit, "sequential": sequential, "blend": blend}  # modules with `fit` and `load`
@@ -59,13 +59,15 @@ def fit(
     epochs: int | None = None,  # passes over the rows, for kinds that take more than one; default: the recipe's, or the kind's
     minutes: float | None = None,  # for such kinds
     times: bool = True,  # false where `ts` is only an order
+    items: pl.DataFrame | None = None,  # the catalogue, for such kinds
     **run: Any,  # progress, folder, device: of such kinds, see `sequential.fit`
 ) -> dict[str, Model]:  # the parts of a bundle, by kind
     "Fit a recipe's model, and popular beside it where it is another."
     timeless = not times or recipe.options.get("half_life_days", 0) is None  # filled up from a popularity without times, then
     floor = popular.fit(interactions, asof=asof, seed=seed, vocab=vocab, **(recipe.options if recipe.model == "popular" else {"half_life_days": None} if timeless else {}))
     if recipe.model == "popular": return {"popular": floor}
-    more = {k: v for k, v in {"epochs": epochs, "minutes": minutes, **run}.items() if v is not None} if passes(recipe.model) else {}
+    if items is not None and not times: items = items.with_columns(pl.lit(None, pl.Int64).alias(AVAILABLE_FROM))  # a day means nothing beside an order
+    more = {k: v for k, v in {"epochs": epochs, "minutes": minutes, "items": items, **run}.items() if v is not None} if passes(recipe.model) else {}
     return {recipe.model: KINDS[recipe.model].fit(interactions, asof=asof, seed=seed, vocab=floor.vocab, **{**recipe.options, **more}), "popular": floor}
 
 # %% ../../nbs/500_models/570_recipes.ipynb #42b6e599

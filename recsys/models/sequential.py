@@ -178,8 +178,8 @@ WORDS = 4096  # rows of the table of words
 
 
 def extended(model: Sequential, vocab: Vocab, items: pl.DataFrame) -> Sequential:
-    "The model for a vocabulary with more items: a new one is the mean of its words. Raises ValueError where it was fitted without `items`."
-    if not len(model.words): raise ValueError("the model was fitted without items, so words mean nothing to it: fit it with `items`")
+    "The model for a vocabulary with more items: a new one is the mean of its words. Raises ValueError where it was fitted without words."
+    if not len(model.words): raise ValueError("the model was fitted without words of items, so they mean nothing to it: fit it with `items` that have some")
     flat, offsets = words_of(items, vocab, size=len(model.words))
     sizes = np.diff(np.append(offsets, len(flat)))
     table = np.zeros((len(vocab), model.words.shape[1]), np.float32)
@@ -271,18 +271,20 @@ def fit(
     from recsys.training.network import Net, Shape
     from recsys.training.next_item import NextItem
     from recsys.training.trainer import train
-    shape = Shape(len(vocab), dim, blocks, heads, ffn, conv, length, cosine=cosine, words=0 if items is None else WORDS, sides=tuple(SIDES[s] for s in sides))
+    bags = None if items is None else words_of(items, vocab, size=WORDS)
+    told = bags is not None and len(bags[0]) > 0  # a catalogue of ids and prices says nothing
+    shape = Shape(len(vocab), dim, blocks, heads, ffn, conv, length, cosine=cosine, words=WORDS if told else 0, sides=tuple(SIDES[s] for s in sides))
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        net = Net(shape, dropout=dropout, bags=None if items is None else words_of(items, vocab, size=WORDS))
+        net = Net(shape, dropout=dropout, bags=bags)
     counts = np.bincount(log.histories.values, minlength=len(vocab)).astype(np.int64)
     with torch.no_grad():
         if counted:
             name = f"table-{_digest(known, len(vocab), back, seed, repeats, longest, dim)}"
             net.item.weight.copy_(torch.from_numpy(shared(lambda: {"table": first_table(log.histories, len(vocab), dim, seed=seed)}, name=name, folder=folder)["table"].copy()))
-        if items is not None: net.item.weight[torch.from_numpy(counts == 0)] = 0
+        if told: net.item.weight[torch.from_numpy(counts == 0)] = 0
     def model() -> Sequential:
-        words = np.empty((0, dim), np.float32) if items is None else net.word.weight.detach().cpu().numpy()
+        words = net.word.weight.detach().cpu().numpy() if told else np.empty((0, dim), np.float32)
         return Sequential(vocab, forward_of(net), counts, words, repeats, asof)
     if not (log.histories.lengths > 1).any(): return replace(model(), counts=np.zeros_like(counts), words=np.empty((0, dim), np.float32))  # nothing follows anything
     left = None if minutes is None else max(minutes - ((spare(model()) if spare else 0.0) + now(clock) - started) / 60, 0.01)

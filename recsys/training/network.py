@@ -101,6 +101,7 @@ class Net(nn.Module):
     mask: Tensor  # [L, L]
     bag_words: Tensor
     bag_offsets: Tensor
+    bare: Tensor  # bool [items, 1], true where an item has no words
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class Net(nn.Module):
         *,
         dropout: float = 0.3,
         bags: Sequence[np.ndarray] | None = None,  # (words int64 [M], offsets int64 [items]): item i has words[offsets[i]:offsets[i + 1]]
-        unnamed: float = 0.1,  # share of items known by their words alone in a step of training
+        unnamed: float = 0.1,  # share of the items with words that are known by them alone in a step of training
     ) -> None:
         super().__init__()
         self.shape, self.unnamed = shape, unnamed
@@ -124,13 +125,14 @@ class Net(nn.Module):
             self.word = nn.Embedding(shape.words, shape.dim)
             nn.init.normal_(self.word.weight, std=0.03)
             for name, array in zip(("bag_words", "bag_offsets"), bags, strict=True): self.register_buffer(name, torch.as_tensor(array), persistent=False)
+            self.register_buffer("bare", torch.as_tensor(np.diff(bags[1], append=len(bags[0])) == 0)[:, None], persistent=False)
         self.register_buffer("mask", torch.full((shape.length, shape.length), -1e4).triu(1), persistent=False)
 
     def table(self) -> Tensor:
         "[items, D], what goes in and what states are compared with."
         named = self.item.weight
         if not self.shape.words: return named
-        if self.training and self.unnamed: named = named * (torch.rand(len(named), 1, device=named.device) >= self.unnamed)
+        if self.training and self.unnamed: named = named * ((torch.rand(len(named), 1, device=named.device) >= self.unnamed) | self.bare)
         return named + F.embedding_bag(self.bag_words, self.word.weight, self.bag_offsets, mode="mean")
 
     def forward(self, inputs: Tensor, table: Tensor, sides: Sequence[Tensor] = ()) -> Tensor:
