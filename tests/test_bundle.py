@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from recsys.models import bundle
-from recsys.models.bundle import BundleError, champion, current, history, list_bundles, manifest, promote, prune, rollback, verify, write
+from recsys.models import manifest as manifests
+from recsys.models.bundle import champion, current, history, list_bundles, promote, prune, rollback
+from recsys.models.manifest import BundleError, manifest, verify, write
 
 
 def _parts(text: str) -> dict:
@@ -85,7 +87,7 @@ def _forged(registry: Path, change) -> Path:
     wire = json.loads((source / "manifest.json").read_text())
     text = json.dumps(change(wire) or wire).encode()
     (source / "manifest.json").write_bytes(text)
-    return source.rename(source.parent / bundle._id(text))
+    return source.rename(source.parent / manifests._id(text))
 
 
 @pytest.mark.parametrize("name", ["../../champion.json", "/etc/hostname", "model/../../x", "..", ".", "", "model//x", "a\\..\\b", "a\0b", "a\nb", "manifest.json", ".x"])
@@ -184,7 +186,7 @@ def _run(code: str, *args: object) -> subprocess.Popen:
 WRITE = """
 import sys, time
 from pathlib import Path
-from recsys.models.bundle import write
+from recsys.models.manifest import write
 def half(path):
     path.mkdir(); (path / "weights.bin").write_bytes(b"x" * 100000)
     print("half", flush=True); time.sleep(60)
@@ -237,7 +239,7 @@ def test_killed_while_promoting_leaves_one_champion_or_the_other(registry: Path)
 def test_killed_while_promoting_many_times(registry: Path) -> None: _killed_promotions(registry, 200)
 
 
-@pytest.mark.parametrize("step", ["verify", "_catch_up", "_sync"])
+@pytest.mark.parametrize("step", ["verify", "_catch_up", "sync"])
 def test_a_promotion_that_stops_between_two_steps_is_whole_or_nothing(registry: Path, monkeypatch, step: str) -> None:
     "Dies at the first, second, ... call of a step inside a promotion, as kill -9 would; the next promotion finds everything in order."
     class Killed(BaseException): pass

@@ -24,6 +24,7 @@ from ports import free_port
 from recsys.lake.eventlog import SQLiteEventLog
 from recsys.lake.tables import Lake
 from recsys.models import bundle
+from recsys.models.manifest import write
 from recsys.ops import pages
 from recsys.ops.writer import Writer
 from recsys.schema import (
@@ -313,7 +314,7 @@ def fill(home: Home, *, now: int) -> None:
     refused = ["price must be a number from 0 to 1e+09"] * 3 + ["user_id must be text of 1 to 256 characters without control characters"]
     lake.append("quarantine", pl.DataFrame([{RULE: rule, RAW: b"", KNOWN_TS: now} for rule in refused], schema=QUARANTINE))
     about = {"model": "covisit", "created": now - 95 * MINUTE, "k": 10, "metrics": {"ndcg": {"mean": 0.1241, "low": 0.1183, "high": 0.1312}}}
-    made = bundle.write(home.registry, {"weights": lambda p: p.write_bytes(b"0" * 1000)}, about=about)
+    made = write(home.registry, {"weights": lambda p: p.write_bytes(b"0" * 1000)}, about=about)
     bundle.promote(home.registry, made.name, reason="the first", at=now - 94 * MINUTE)
     with_log(home, lambda log: (log.record(shown[300:]), log.append(events)))
     move(home)

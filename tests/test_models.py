@@ -11,8 +11,9 @@ import polars as pl
 import pytest
 
 from recsys.models import blend, covisit, popular, release, sequential
-from recsys.models.bundle import BundleError, promote
+from recsys.models.bundle import promote
 from recsys.models.contract import Filled, best, fill, learnable, places
+from recsys.models.manifest import BundleError
 from recsys.prep.sequences import Sequences, from_frame
 from recsys.prep.vocab import Vocab
 from recsys.synth import DAY, T0, shop
@@ -318,7 +319,7 @@ def test_a_release_with_a_broken_file_is_refused_by_its_name(written: tuple[Path
 @pytest.mark.parametrize("part", ["vocab.parquet", "items.parquet", "popular"])
 def test_a_release_whose_hashes_are_right_but_whose_contents_are_not(tmp_path: Path, part: str) -> None:
     "Somebody wrote a bundle by other means: still a `BundleError`, never a traceback of numpy's."
-    from recsys.models.bundle import write
+    from recsys.models.manifest import write
     vocab = Vocab.build(CATALOGUE)
     model = popular.fit(ROWS, asof=ASOF, vocab=vocab)
     parts = {"popular": model.save, "vocab.parquet": vocab.write, "items.parquet": release.described(vocab, shop().items.head(0)).write_parquet}

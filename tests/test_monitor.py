@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from recsys.lake.eventlog import SQLiteEventLog
 from recsys.lake.tables import Lake
 from recsys.models import bundle
+from recsys.models.manifest import write
 from recsys.ops import monitor, pages
 from recsys.ops.writer import Writer, moved
 from recsys.schema import (
@@ -160,7 +161,7 @@ def test_a_title_that_is_missing_or_changed(home: Home):
 
 
 def test_damage_to_the_registry_is_said_and_the_rest_is_shown(home: Home):
-    made = bundle.write(home.registry, {"a": lambda p: p.write_text("a")}, about={"created": NOW - 1000, "model": "popular", "metrics": {}})
+    made = write(home.registry, {"a": lambda p: p.write_text("a")}, about={"created": NOW - 1000, "model": "popular", "metrics": {}})
     bundle.promote(home.registry, made.name, reason="first", at=NOW)
     whole = read(home)
     assert whole.parts[-1].state == "ok" and whole.champion is not None and whole.champion.ndcg is None

@@ -13,6 +13,7 @@ import pytest
 from recsys.lake.tables import Lake
 from recsys.models import bundle, recipes, release
 from recsys.models.contract import Filled
+from recsys.models.manifest import manifest
 from recsys.models.recipes import Recipe
 from recsys.ops import flows
 from recsys.ops.flows import FlowError
@@ -51,7 +52,7 @@ def test_a_shop_with_times_from_first_champion_to_refusal(tmp_path):
     home = opened(tmp_path / "home", pl.concat(days[:-2]), world.items)
     first = retrain(home, epochs="1")
     assert first["promoted"] and first["recipe"].startswith("covisit") and first["cases"] >= 100 and first["champion"] == first["bundle"]
-    about = bundle.manifest(bundle.champion(home.registry)).about
+    about = manifest(bundle.champion(home.registry)).about
     assert about["model"] == "covisit" and about["metrics"]["ndcg"]["low"] > 0 and about["k"] == 10 and about["asof"] == about["data"]["last"] + 1
     assert all(slate(home, [days[0][ITEM_ID].drop_nulls()[0]]))
 
@@ -124,7 +125,7 @@ def test_the_network_of_a_retrain_knows_items_by_their_words(tmp_path):
     by_hand(home, "prepare", "features", "train", "evaluate", "publish", run_id="one")
     found = release.load(bundle.champion(home.registry))
     network = found.models["sequential"]
-    assert len(network.words) and bundle.manifest(found.manifest.path).about["run_id"] == "one"  # it passed the gate, though counting knows colours, too
+    assert len(network.words) and manifest(found.manifest.path).about["run_id"] == "one"  # it passed the gate, though counting knows colours, too
     red, blue, new_red, new_blue = ([found.vocab.encode([f"i{n:02}"])[0] for n in numbers] for numbers in ((0, 2, 4), (1, 3, 5), (26,), (27,)))
     after_red, after_blue = network.scores(Sequences.from_lists([red, blue]))
     assert network.counts[new_red + new_blue].sum() == 0

@@ -11,12 +11,13 @@ import pytest
 from recsys.bench import quality
 from recsys.bench.harness import BenchError, Run
 from recsys.models import bundle, registry
+from recsys.models.manifest import BundleError, write
 from recsys.training.evaluate import SLICES, Evaluation
 from recsys.training.metrics import Interval
 
 
 def written(home: Path, n: int) -> str:
-    return bundle.write(home, {"weights.json": lambda p: p.write_text(str(n))}, about={"created": n}).name
+    return write(home, {"weights.json": lambda p: p.write_text(str(n))}, about={"created": n}).name
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_a_rollback_does_not_wait_for_the_mirror(tmp_path: Path, away: None):
 def test_nothing_tracked_is_no_disagreement_and_imports_nothing(tmp_path: Path, away: None):
     bundle.promote(tmp_path, written(tmp_path, 1), reason="first", at=1)
     assert registry.disagreement(tmp_path) is None
-    with pytest.raises(bundle.BundleError): registry.promote(tmp_path, "0" * 32, reason="no such bundle")
+    with pytest.raises(BundleError): registry.promote(tmp_path, "0" * 32, reason="no such bundle")
 
 
 def test_a_run_is_kept_and_becomes_a_line(tmp_path: Path):

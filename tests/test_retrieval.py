@@ -14,9 +14,10 @@ from scipy import sparse
 from recsys.bench.serving_shop import network
 from recsys.models import blend, popular, release, sequential
 from recsys.models.blend import Blend
-from recsys.models.bundle import BundleError, promote
+from recsys.models.bundle import promote
 from recsys.models.covisit import Covisit, Neighbours
 from recsys.models.index import FEW, LEAST
+from recsys.models.manifest import BundleError
 from recsys.models.sequential import Sequential
 from recsys.prep.sequences import Sequences
 from recsys.prep.vocab import Vocab

@@ -23,6 +23,7 @@ from ..features.definitions import TABLES as FEATURE_TABLES
 from ..features.store import OFFLINE, ONLINE, StoreError, address, registered
 from ..lake.tables import TABLES, Lake
 from ..models import bundle, registry
+from ..models.manifest import BundleError, verify
 from ..prep.backend import ClusterError, EngineError, checked, choose
 from ..serving import near
 from ..serving.tls import TlsError
@@ -84,8 +85,8 @@ def champion(home: Home) -> Check:
     "The model that answers; its bundle is verified file by file."
     path = bundle.champion(home.registry)
     if path is None: return Check("champion", "note", "none yet: recsys flow run retrain")
-    try: bundle.verify(path)
-    except bundle.BundleError as e: return Check("champion", "bad", f"{e}: recsys models rollback")
+    try: verify(path)
+    except BundleError as e: return Check("champion", "bad", f"{e}: recsys models rollback")
     return Check("champion", "ok", f"{path.name}, every file as its manifest says")
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..models import bundle, choice, recipes, release
+from ..models.manifest import MANIFEST
 from ..models.contract import Filled, Model
 from ..models.choice import Choice, Progress, Question
 from ..prep.sequences import Sequences, ends
@@ -109,7 +110,7 @@ ANSWERS = pa.schema([("query", pa.int64()), ("rank", pa.int32()), ("item", pa.st
 def found(path: str | Path) -> Path:
     "A bundle's folder: itself, or the one that is pointed to from a folder that `fit` wrote. Raises FileError."
     path = Path(path)
-    if (path / bundle.MANIFEST).exists(): return path
+    if (path / MANIFEST).exists(): return path
     inside = bundle.champion(path)
     if inside is None: raise FileError(f"{path}: no bundle there; give the folder that recsys fit wrote with --out")
     return inside

@@ -24,6 +24,7 @@ from typing import Any
 
 from . import bundle
 from .bundle import Champion
+from .manifest import manifest, verify
 from ..telemetry import logger
 from ..training.metrics import Interval
 
@@ -174,7 +175,7 @@ def _points(run: Track) -> Iterator[tuple[str, float, int]]:
 # %% ../../nbs/500_models/590_registry.ipynb #cc3c67d5
 def register(registry: str | Path, bundle_id: str, *, run: str | None, alias: str = CHALLENGER, uri: str = "") -> str:
     "Make a bundle a version with an alias. One that is registered already keeps its number. Raises BundleError where there is no such bundle."
-    mirror, found = Mirror(Path(registry), uri), bundle.manifest(Path(registry) / "bundles" / bundle_id)
+    mirror, found = Mirror(Path(registry), uri), manifest(Path(registry) / "bundles" / bundle_id)
     number = mirror.version(bundle_id)
     if number is None:
         tags = {"bundle": bundle_id, "model": str(found.about.get("model", ""))}
@@ -185,7 +186,7 @@ def register(registry: str | Path, bundle_id: str, *, run: str | None, alias: st
 # %% ../../nbs/500_models/590_registry.ipynb #4c752b26
 def promote(registry: str | Path, bundle_id: str, *, reason: str, at: int | None = None, uri: str = "") -> Champion:
     "Verify a bundle, give it MLflow's alias `champion`, and point at it. Raises BundleError, or MLflow's error, and then shoppers notice nothing."
-    bundle.verify(Path(registry) / "bundles" / bundle_id)
+    verify(Path(registry) / "bundles" / bundle_id)
     Mirror(Path(registry), uri).call(bundle_id, CHAMPION)
     return bundle.promote(registry, bundle_id, reason=reason, at=at)
 

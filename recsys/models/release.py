@@ -16,7 +16,7 @@ import polars as pl
 
 from .. import __version__
 from . import blend, covisit, popular, ranker as ranking, sequential
-from .bundle import BundleError, Manifest, verify, write
+from .manifest import BundleError, Manifest, verify, write
 from .contract import Model
 from .ranker import Ranker, RankerError
 from ..prep.vocab import Vocab

@@ -26,6 +26,7 @@ from ..lake.records import EventLog, Stream
 from ..lake.tables import Lake
 from ..measures import MINUTE_MS, Latency, Rate, Recommended, click_through, latency, per_minute, recommended, traffic
 from ..models import bundle
+from ..models.manifest import BundleError, manifest
 from . import flows
 from .writer import moved
 from ..schema import (EVENT_ID, EVENTS, IMPRESSIONS, ITEM_ID, KNOWN_TS, LATENCY_US, RECOMMENDATION_ID, RULE, SLOTS, TIER, TITLE, TS, TYPE)
@@ -87,8 +88,8 @@ def champion(registry: str | Path) -> Champion | None:
     "The champion as the registry tells it; None before the first promotion. Raises BundleError when the pointer itself is damaged."
     now = bundle.current(registry)
     if now is None: return None
-    try: found = bundle.manifest(Path(registry) / "bundles" / now.bundle)
-    except bundle.BundleError as e:
+    try: found = manifest(Path(registry) / "bundles" / now.bundle)
+    except BundleError as e:
         return Champion(now.bundle, now.number, None, now.reason, now.at, None, None, None, None, str(e))
     about = found.about
     ndcg = about.get("metrics", {}).get("ndcg")
@@ -248,7 +249,7 @@ def snapshot(
 def _serving(registry: Path) -> tuple[Champion | None, Part]:
     "The champion, and its state; what is damaged is said, not raised."
     try: serving = champion(registry)
-    except bundle.BundleError as e: return None, Part("model", "down", str(e))
+    except BundleError as e: return None, Part("model", "down", str(e))
     if serving is None: return None, Part("model", "none", "no champion yet: run recsys flow run retrain")
     if serving.problem: return serving, Part("model", "down", serving.problem)
     return serving, Part("model", "ok", f"champion number {serving.number}")

@@ -18,7 +18,7 @@ import numpy as np
 from ..features.definitions import Service
 from ..lake.eventlog import History
 from ..models import release
-from ..models.bundle import BundleError
+from ..models.manifest import BundleError
 from ..models.contract import Model
 from ..schema import CART, EVENT_TYPES, PURCHASE, RATING, VIEW
 from .arrange import PINNED, How, arrange, explore

@@ -18,7 +18,8 @@ from typing import Any
 
 from ..features.definitions import Service
 from ..lake.eventlog import EventLog, EventLogError
-from ..models.bundle import BundleError, current
+from ..models.bundle import current
+from ..models.manifest import BundleError
 from ..schema import ITEM_ID
 from .arrange import How
 from .catalogue import changed
