@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,7 +12,9 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from recsys.serving import sockets
+from recsys.serving.limits import Pressure
 from recsys.serving.sockets import Patient, sweep
+from recsys.serving.turns import Turns
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -25,12 +29,16 @@ async def app(scope: dict, receive: Callable, send: Callable) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def against(visit: Callable[[int, ServerState], Awaitable[Any]]) -> Any:
-    "What a visit to a server returns."
+def against(visit: Callable[[int, ServerState], Awaitable[Any]], *, app: Callable = app, **has: Any) -> Any:
+    "What a visit to a server returns, whose connections have these attributes."
     async def run() -> Any:
         config, state, loop = uvicorn.Config(app, log_config=None), ServerState(), asyncio.get_running_loop()
         config.load()
-        server = await loop.create_server(lambda: Patient(config, state, {}), "127.0.0.1", 0)
+        def begin() -> Patient:
+            made = Patient(config, state, {})
+            for name, value in has.items(): setattr(made, name, value)
+            return made
+        server = await loop.create_server(begin, "127.0.0.1", 0)
         sweeping = asyncio.create_task(sweep(state.connections, every=0.02))
         try: return await asyncio.wait_for(visit(server.sockets[0].getsockname()[1], state), 30)
         finally:
@@ -131,3 +139,33 @@ def test_an_idle_connection_ends_soon_after_the_stop(monkeypatch: pytest.MonkeyP
         writer.close()
         return rest
     assert against(visit) == b""
+
+
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_who_comes_while_others_are_answered_is_heard_before_they_all_are(in_turns: bool):
+    said: list[str] = []
+
+    async def slow(scope: dict, receive: Callable, send: Callable) -> None:
+        pressure.begins(scope["ahead"], 0.0, now=0.0)
+        if not said: late.sendall(GET.replace(b"GET /", b"GET /late"))  # it lies in the socket before the first answer is done
+        said.append(scope["path"])
+        time.sleep(0.003)
+        await app(scope | {"path": "/"}, receive, send)
+
+    async def visit(port: int, _: ServerState) -> None:
+        late.connect(("127.0.0.1", port))
+        many = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        for _, writer in many: writer.write(GET)
+        for reader, _ in many: await reader.readuntil(b"xx")
+        while "/late" not in said: await asyncio.sleep(0.001)
+        for _, writer in many: writer.close()
+
+    class Heard(Pressure):
+        def comes(self, *, now: float) -> int:
+            said.append("heard") if said else None
+            return super().comes(now=now)
+
+    pressure = Heard(target=1.0, most=100)
+    with socket.socket() as late: against(visit, app=slow, pressure=pressure, **({"turns": Turns()} if in_turns else {}))
+    assert said.count("/") == 20 and pressure.queued == 0
+    assert (said[:said.index("heard")].count("/") < 4) is in_turns  # else, all that the loop had read were answered first

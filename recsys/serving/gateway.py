@@ -31,6 +31,7 @@ from .near import address
 from .openapi import Operation
 from .signs import healthz, is_loopback, metrics, readyz
 from .sockets import Patient, sweep
+from .turns import Turns
 from .wire import BatchAnswer, BatchRequest, EventsAnswer, EventsRequest, Health, ItemsAnswer, ItemsRequest, ListQuery, Recommendation, RecommendationRequest
 from .worker import Worker
 from .writes import put_items, take_events
@@ -149,10 +150,10 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
-        self._shares, connections = Shares(self._counts), self.server_state.connections
+        self._shares, connections, turns = Shares(self._counts), self.server_state.connections, Turns()
         def protocol() -> asyncio.Protocol:
             made = Patient(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
-            made.pressure, made.gate = self._front.pressure, self._front.gate if self._gate else None
+            made.pressure, made.turns, made.gate = self._front.pressure, turns, self._front.gate if self._gate else None
             return made
         tls = {"ssl": self.config.ssl} if self.config.ssl else {}
         self.servers = [Acceptor(self._listener, protocol, self._shares, lambda: len(connections), **tls)]  # type: ignore[list-item]

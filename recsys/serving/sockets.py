@@ -10,6 +10,7 @@ __all__ = ['HEAD_SECONDS', 'HEAD_BYTES', 'READ_SECONDS', 'DRAIN_SECONDS', 'plain
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from .ids import request_id
 from .limits import Pressure
 from .problems import Refused
+from .turns import Turns
 
 # %% ../../nbs/600_serving/658_sockets.ipynb #50c7e005
 HEAD_SECONDS = 10.0  # for the head of a request, for the first of a connection from its start
@@ -64,6 +66,7 @@ class Connection(HttpToolsProtocol):
     draining = False
     turned_away = False  # the request whose rest is still to come
     pressure: Pressure | None = None
+    turns: Turns | None = None  # of all connections
     gate: Callable[[str, bytes, str], bytes | None] | None = None  # of method, address and id: a whole answer, where nothing is to be made of the request
 
     def connection_made(self, transport: Any) -> None:
@@ -89,6 +92,11 @@ class Connection(HttpToolsProtocol):
         self.scope["arrived"] = now = time.perf_counter()  # type: ignore[typeddict-unknown-key]
         if first and self.pressure is not None: self.scope["ahead"] = self.pressure.comes(now=now)  # type: ignore[typeddict-unknown-key]
         if self.draining: self.cycle.keep_alive = False
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        begin = partial(super()._start_asgi_task, cycle, app)
+        if self.turns is None: begin()
+        else: self.turns.put(begin)
 
     def refused_at_the_gate(self) -> bool:
         "Whether the request is answered already; what is left of it is read and dropped."
