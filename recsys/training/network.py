@@ -52,14 +52,14 @@ class Dropout(nn.Module):
         bytes_ = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)[:x.numel()].view(x.shape)
         return x * (bytes_ >= self.cut).to(x.dtype).mul_(256 / (256 - self.cut))
 
-# %% ../../nbs/400_training/490_network.ipynb #8e3a4ab8
+# %% ../../nbs/400_training/490_network.ipynb #7f8b70ea
 def convolved(x: Tensor, weight: Tensor) -> Tensor:  # [B, L, D], [K, D]
     "Each position plus a weighted sum of itself and the K - 1 before it, channel by channel."
     out, n = torch.addcmul(x, x, weight[0]), x.shape[1]
     for age in range(1, min(len(weight), n)): out[:, age:].addcmul_(x[:, :n - age], weight[age])
     return out
 
-
+# %% ../../nbs/400_training/490_network.ipynb #8e3a4ab8
 class Block(nn.Module):
     "x [B, L, D] -> [B, L, D]; position l reads positions 0..l."
 
@@ -94,14 +94,39 @@ class Block(nn.Module):
         a, b, g = y.split((self.hidden, self.hidden, x.shape[-1]), -1)
         return x + self.dropout(self.outer(F.silu(a) * b) * torch.sigmoid(g))
 
-# %% ../../nbs/400_training/490_network.ipynb #ad53b5df
-class Net(nn.Module):
-    "Item numbers [B, L], rows from the left -> states [B, L, D]; the state at a position is compared with the table's rows."
+# %% ../../nbs/400_training/490_network.ipynb #1b7d3b72
+class _Table(nn.Module):
+    "Rows of items: what was learned of each, and the mean of its words."
 
-    mask: Tensor  # [L, L]
     bag_words: Tensor
     bag_offsets: Tensor
     bare: Tensor  # bool [items, 1], true where an item has no words
+
+    def __init__(self, shape: Shape, unnamed: float) -> None:
+        super().__init__()
+        self.shape, self.unnamed = shape, unnamed
+        self.item = nn.Embedding(shape.items, shape.dim)
+        nn.init.normal_(self.item.weight, std=shape.dim**-0.5 if shape.cosine else 0.05)
+
+    def _describe(self, words: np.ndarray, offsets: np.ndarray) -> None:
+        "Item i has `words[offsets[i]:offsets[i + 1]]`."
+        self.word = nn.Embedding(self.shape.words, self.shape.dim)
+        nn.init.normal_(self.word.weight, std=0.03)
+        for name, array in {"bag_words": words, "bag_offsets": offsets}.items(): self.register_buffer(name, torch.as_tensor(array), persistent=False)
+        self.register_buffer("bare", torch.as_tensor(np.diff(offsets, append=len(words)) == 0)[:, None], persistent=False)
+
+    def table(self) -> Tensor:
+        "[items, D], what goes in and what states are compared with."
+        named = self.item.weight
+        if not self.shape.words: return named
+        if self.training and self.unnamed: named = named * ((torch.rand(len(named), 1, device=named.device) >= self.unnamed) | self.bare)
+        return named + F.embedding_bag(self.bag_words, self.word.weight, self.bag_offsets, mode="mean")
+
+# %% ../../nbs/400_training/490_network.ipynb #ad53b5df
+class Net(_Table):
+    "Item numbers [B, L], rows from the left -> states [B, L, D]; the state at a position is compared with the table's rows."
+
+    mask: Tensor  # [L, L]
 
     def __init__(
         self,
@@ -111,10 +136,7 @@ class Net(nn.Module):
         bags: Sequence[np.ndarray] | None = None,  # (words int64 [M], offsets int64 [items]): item i has words[offsets[i]:offsets[i + 1]]
         unnamed: float = 0.1,  # share of the items with words that are known by them alone in a step of training
     ) -> None:
-        super().__init__()
-        self.shape, self.unnamed = shape, unnamed
-        self.item = nn.Embedding(shape.items, shape.dim)
-        nn.init.normal_(self.item.weight, std=shape.dim**-0.5 if shape.cosine else 0.05)
+        super().__init__(shape, unnamed)
         self.position = nn.Parameter(torch.randn(shape.length, shape.dim) * 0.02)
         self.side = nn.ModuleList(nn.Embedding.from_pretrained(torch.randn(n, shape.dim) * 0.02, freeze=False) for n in shape.sides)
         self.blocks = nn.ModuleList(Block(shape, dropout) for _ in range(shape.blocks))
@@ -122,18 +144,8 @@ class Net(nn.Module):
         if shape.cosine: self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if shape.words:
             if bags is None: raise ValueError(f"words = {shape.words}, but no bags: give the words of each item")
-            self.word = nn.Embedding(shape.words, shape.dim)
-            nn.init.normal_(self.word.weight, std=0.03)
-            for name, array in zip(("bag_words", "bag_offsets"), bags, strict=True): self.register_buffer(name, torch.as_tensor(array), persistent=False)
-            self.register_buffer("bare", torch.as_tensor(np.diff(bags[1], append=len(bags[0])) == 0)[:, None], persistent=False)
+            self._describe(*bags)
         self.register_buffer("mask", torch.full((shape.length, shape.length), -1e4).triu(1), persistent=False)
-
-    def table(self) -> Tensor:
-        "[items, D], what goes in and what states are compared with."
-        named = self.item.weight
-        if not self.shape.words: return named
-        if self.training and self.unnamed: named = named * ((torch.rand(len(named), 1, device=named.device) >= self.unnamed) | self.bare)
-        return named + F.embedding_bag(self.bag_words, self.word.weight, self.bag_offsets, mode="mean")
 
     def forward(self, inputs: Tensor, table: Tensor, sides: Sequence[Tensor] = ()) -> Tensor:
         L = inputs.shape[1]
