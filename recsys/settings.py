@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Count', 'Port', 'Share', 'RedisOr', 'NOT_SETTINGS', 'Platform', 'Events', 'EventLog', 'Lake', 'Ingest', 'Writer',
            'Prep', 'Features', 'Training', 'Ranker', 'Gate', 'Policy', 'Engine', 'Gateway', 'Dashboard', 'Traffic',
-           'Flow', 'Settings', 'root', 'SettingsError', 'load', 'types_of', 'Home']
+           'Flow', 'Settings', 'root', 'SettingsError', 'types_of', 'load', 'Home']
 
 # %% ../nbs/000_core/020_settings.ipynb #d4c1bcf9
 import configparser
@@ -19,13 +19,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta
 
-# %% ../nbs/000_core/020_settings.ipynb #337d77fd
+# %% ../nbs/000_core/020_settings.ipynb #bf7ee7df
 Count = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Share = Annotated[float, Meta(gt=0, lt=1)]
 RedisOr = Annotated[str, Meta(pattern=r"^(sqlite|rediss?://[^\s/]+\S*)$")]  # a file of the home, or a Redis
 
-
+# %% ../nbs/000_core/020_settings.ipynb #337d77fd
 @dataclass(frozen=True)
 class Platform:
     home: str
@@ -157,7 +157,7 @@ class Flow:
     step_minutes: Annotated[float, Meta(gt=0)]
     keep_runs: Count
 
-
+# %% ../nbs/000_core/020_settings.ipynb #d048ed02
 @dataclass(frozen=True)
 class Settings:
     "All settings, a section each."
@@ -190,6 +190,11 @@ def root() -> Path:
 class SettingsError(ValueError):
     "A setting that is unknown or not allowed; the message names the key, the value and what is allowed."
 
+# %% ../nbs/000_core/020_settings.ipynb #ca539527
+def types_of(cls: type) -> dict[str, Any]:
+    "The types of a dataclass's fields, constraints included."
+    return get_type_hints(cls, include_extras=True)
+
 # %% ../nbs/000_core/020_settings.ipynb #62a156d6
 def load(
     environ: Mapping[str, str] | None = None,  # default: the process's environment
@@ -210,11 +215,6 @@ def load(
     _refuse_unknown(env, values)
     return Settings(**{f.name: _section(f.name, types_of(Settings)[f.name], values[f.name], where) for f in fields(Settings)})
 
-
-def types_of(cls: type) -> dict[str, Any]:
-    "The types of a dataclass's fields, constraints included."
-    return get_type_hints(cls, include_extras=True)
-
 # %% ../nbs/000_core/020_settings.ipynb #a30c9879
 def _read(values: dict, where: dict, path: Path) -> tuple[dict, dict]:
     "Lay a file's keys over `values`; only keys of the shipped defaults are known."
@@ -231,7 +231,7 @@ def _read(values: dict, where: dict, path: Path) -> tuple[dict, dict]:
             where[section, key] = str(path)
     return values, where
 
-
+# %% ../nbs/000_core/020_settings.ipynb #a6553b34
 def _section(name: str, cls: type, texts: Mapping[str, str], where: Mapping) -> Any:
     "Convert one section's texts to its dataclass."
     out = {}
@@ -244,7 +244,7 @@ def _section(name: str, cls: type, texts: Mapping[str, str], where: Mapping) -> 
             raise SettingsError(f"[{name}] {key} = {texts[key]!r} (from {where[name, key]}): {allowed}; correct it there") from e
     return cls(**out)
 
-
+# %% ../nbs/000_core/020_settings.ipynb #e0d7fdb5
 NOT_SETTINGS = ("RECSYS_HOME", "RECSYS_DATA")  # other variables that the platform reads
 
 

@@ -73,6 +73,10 @@ class _Intake:
         if not self._identities: self._server.ask(("PING",))
         return ("EVALSHA", sha(script), 3 + len(histories), *self._keys(stream), *histories, self._identities[stream], *arguments)
 
+    def _add(self, stream: Stream, rows: Sequence[Row]) -> Command:
+        arguments = [word for row in rows for word in words(stream, row)]
+        return self._script(ADD[stream], stream, *arguments, histories=[PREFIX + key for row in rows if (key := beside(stream, row)) is not None])
+
 # %% ../../nbs/100_lake/136_redis_log.ipynb #8cdc54dd
 class _Appending(_Intake):
     "Events, impressions and changes of the catalogue."
@@ -106,10 +110,6 @@ class _Appending(_Intake):
 
     def copy_back(self, stream: Stream) -> None: "Nothing to do here."
 
-    def _add(self, stream: Stream, rows: Sequence[Row]) -> Command:
-        arguments = [word for row in rows for word in words(stream, row)]
-        return self._script(ADD[stream], stream, *arguments, histories=[PREFIX + key for row in rows if (key := beside(stream, row)) is not None])
-
     def reserve(self) -> int:
         "A sequence that no event of the log will have, after all that have one: the place of what reaches the lake by another way."
         return self._server.ask(("HINCRBY", self._keys("events")[0], "last", 1))[0]
@@ -119,8 +119,8 @@ class _Appending(_Intake):
         self._server.ask(self._script(START_ABOVE, "events", number))
 
 # %% ../../nbs/100_lake/136_redis_log.ipynb #3df6f8db
-class _Questions(_Appending):
-    "What a log is asked. An answer of the gateway waits for `history` and `impression`, which give up soon; the others are for threads of their own."
+class _Answers(_Appending):
+    "What an answer of the gateway waits for, and so gives up soon."
 
     @overload
     def history(self, user_id: str) -> History: ...
@@ -148,6 +148,10 @@ class _Questions(_Appending):
         "A user's latest `LISTS` lists, the last one first, none older than `LISTS_MS`. What any process recorded before this call is in it."
         texts = self._quick.ask(("LRANGE", PREFIX + b"s:" + key_of(user_id), 0, LISTS - 1))[0]
         return [(ts, items) for ts, items in map(msgspec.json.decode, texts) if ts >= now - LISTS_MS]
+
+# %% ../../nbs/100_lake/136_redis_log.ipynb #c4d8c174
+class _Questions(_Answers):
+    "What threads of their own ask: the writer, the page of the operators."
 
     def read(self, stream: Stream, *, after: int, limit: int) -> list[tuple[int, dict[str, Any]]]:
         "The next records after a sequence, in the order of commits; fields that were null are absent. Sequences rise, but may have gaps."
