@@ -113,11 +113,16 @@ class Answers:
     ) -> None:
         prior = torch.zeros(len(counts)) if there is None else torch.from_numpy(np.log(there).astype(np.float32))
         self.prior = torch.where(torch.from_numpy(counts) > 0, prior, -1e4)  # what never occurs was never there
+        occurs = np.append(True, counts[1:] > 0)  # the unknown item keeps its number
+        self.few = torch.from_numpy(np.flatnonzero(occurs)) if occurs.mean() < 0.9 else None
+        self.number = torch.from_numpy(np.cumsum(occurs) - 1)
 
     def loss(self, states: Tensor, table: Tensor, targets: Tensor, *, dtype: torch.dtype) -> Tensor:
         "Summed over states [N, D] and targets [N], for a table [n, D]."
-        self.prior = self.prior.to(states.device)
-        return full_softmax(states, table, self.prior, targets, dtype=dtype, cells=1 << 24 if states.is_cuda else 1 << 19)
+        self.prior, cells = self.prior.to(states.device), 1 << 24 if states.is_cuda else 1 << 19
+        if self.few is None: return full_softmax(states, table, self.prior, targets, dtype=dtype, cells=cells)
+        self.few, self.number = self.few.to(states.device), self.number.to(states.device)
+        return full_softmax(states, table[self.few], self.prior[self.few], self.number[targets], dtype=dtype, cells=cells)
 
 # %% ../../nbs/400_training/494_next_item.ipynb #d585b921
 class NextItem:
