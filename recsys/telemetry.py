@@ -92,7 +92,9 @@ def configure(
 @contextmanager
 def bound(**values: Any) -> Iterator[None]:
     "Put fields into every line logged inside the block: `with bound(request_id=...): ...`."
-    with structlog.contextvars.bound_contextvars(**values): yield
+    was = structlog.contextvars.bind_contextvars(**values)
+    try: yield
+    finally: structlog.contextvars.reset_contextvars(**was)
 
 # %% ../nbs/000_core/030_telemetry.ipynb #4c1e70a2
 HOLD_SECONDS, HOLD_LINES = 0.1, 1000
@@ -199,8 +201,8 @@ class Tally:
         self._counter, self._more, self._lock = counter, collections.Counter[tuple[str, ...]](), threading.Lock()
         _tallies.append(self)
 
-    def add(self, *labels: str) -> None:
-        with self._lock: self._more[labels] += 1
+    def add(self, *labels: str, n: int = 1) -> None:
+        with self._lock: self._more[labels] += n
 
     def tell(self) -> None:
         "Bring it into the counter. Any thread may, at any time: nothing is told twice."

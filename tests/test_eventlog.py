@@ -95,6 +95,13 @@ def test_duplicates_are_counted_within_a_batch_and_across_batches(log: EventLog)
     assert log.depth("events", after=0) == 3 and log.last("events") >= 3
 
 
+def test_one_record_alone_is_counted_as_many_are(log: EventLog):
+    told = [log.append([event(n)]) for n in (1, 2, 1, 3)]
+    assert [(t.accepted, t.duplicates) for t in told] == [(1, 0), (1, 0), (0, 1), (1, 0)]
+    assert told[0].last_seq < told[1].last_seq <= told[2].last_seq < told[3].last_seq == log.last("events")
+    assert [seq for seq, _ in everything(log)] == [told[n].last_seq for n in (0, 1, 3)]
+
+
 def test_the_first_of_two_records_with_one_id_stays(log: EventLog):
     log.append([event(1, item="mug")])
     log.append([event(1, item="pot", user="bob")])

@@ -41,7 +41,7 @@ def test_200k_items_of_32_features_are_under_40_mb(tmp_path: Path):
     frame = pl.DataFrame({ITEM_ID: [f"item-{k}" for k in range(200_000)], TS: np.full(200_000, T0), **{f: np.arange(200_000) for f in names}})
     pack(tmp_path, Layout("wide", names, (0.0,) * 32, ("v",) * 31 + ("w",), {"v": None, "w": None}), {"v": frame, "w": frame}, asof=T0)
     items = opened(tmp_path, "wide")
-    assert items.nbytes < 40 * 2**20 and isinstance(items._matrix, np.memmap)
+    assert items.nbytes < 40 * 2**20 and isinstance(items._matrix.base, np.memmap)
     assert (items.rows(["item-199999"], now=T0).values == 199_999).all()
 
 

@@ -50,6 +50,7 @@ class _Counts:
 
     def look(self, layout: Layout, numbers: np.ndarray, absent: np.ndarray, stale: np.ndarray, early: np.ndarray) -> None:
         "Tell what was not as it should be in an answer's rows."
+        if numbers.all() and not (absent.any() or stale.any() or early.any()): return
         if unknown := int((numbers == 0).sum()): self.defaulted.labels("items", "unknown").inc(unknown)
         for n, view in enumerate(layout.views):
             if missing := int(absent[:, n].sum()) - unknown: self.defaulted.labels(view, "missing").inc(missing)
@@ -61,7 +62,7 @@ def _mapped(folder: Path, *, verify: bool) -> tuple[dict[str, Any], list[np.ndar
     "What a version says of itself, and its arrays in the order of `FILES`. Raises ItemsError."
     try:
         about = json.loads((folder / "about.json").read_text())
-        parts = {name: np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in FILES}
+        parts = {name: np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray) for name in FILES}  # a `memmap` says so in Python at each step
     except (OSError, ValueError) as e: raise ItemsError(f"{folder}: {e}; pack the items again with `recsys features materialize`") from e
     for name in FILES if verify else ():
         if blake2b(np.ascontiguousarray(parts[name]).data, digest_size=16).hexdigest() != about["digests"][name]:
@@ -96,7 +97,7 @@ class Items:
         numbers = items if isinstance(items, np.ndarray) else self.find(items)
         values, times = self._matrix[numbers], self._times[numbers]
         absent = times == NEVER
-        age = np.where(absent, -1, age_ms(now, np.where(absent, now, times)))
+        age = np.where(absent, -1, age_ms(now, np.where(absent, now, times))) if absent.any() else age_ms(now, times)
         stale = age > self._fallback.ttl
         if stale.any(): values = np.where(stale[:, self._fallback.view_of], self._fallback.values, values)
         self._counts.look(self.layout, numbers, absent, stale, times > now)

@@ -288,7 +288,7 @@ class Engine:
 # %% ../../nbs/600_serving/620_engine.ipynb #75267bed
 def _retrieved(found: Candidates, shown: Candidates, slots: Sequence[Slot]) -> dict[str, tuple[int, float]]:
     "For each slot that retrieval proposed, its place there and its score; nothing where the slots are its first ones."
-    if np.array_equal(found.items[:len(shown)], shown.items) and np.array_equal(found.scores[:len(shown)], shown.scores): return {}
-    at = {item: n for n, item in enumerate(found.items.tolist())}
-    places = [at.get(item) for item in shown.items.tolist()]
-    return {s.item_id: (n + 1, float(f"{found.scores[n]:.7g}")) for s, n in zip(slots, places, strict=True) if n is not None}
+    if not len(found) or np.array_equal(found.items[:len(shown)], shown.items) and np.array_equal(found.scores[:len(shown)], shown.scores): return {}
+    same = found.items == shown.items[:, None]
+    at = same.argmax(1)
+    return {s.item_id: (n + 1, float(f"{score:.7g}")) for s, n, score, there in zip(slots, at.tolist(), found.scores[at].tolist(), same.any(1).tolist(), strict=True) if there}

@@ -7,6 +7,7 @@ __all__ = ['impression', 'recommend', 'recommend_batch', 'similar', 'trending']
 
 # %% ../../nbs/600_serving/666_lists.ipynb #3a7e2003
 import asyncio
+import collections
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -80,7 +81,7 @@ async def _record(worker: Worker, impressions: Sequence[dict[str, Any]]) -> None
 
 def _count(worker: Worker, slate: Slate) -> None:
     worker.counts.answers.add(slate.tier)
-    for s in slate.slots: worker.counts.slots.add(s.source)
+    for source, n in collections.Counter([s.source for s in slate.slots]).items(): worker.counts.slots.add(source, n=n)
 
 # %% ../../nbs/600_serving/666_lists.ipynb #8b30c2d1
 _REQUEST, _BATCH = msgspec.json.Decoder(RecommendationRequest), msgspec.json.Decoder(BatchRequest)
