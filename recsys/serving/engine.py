@@ -20,9 +20,9 @@ from ..lake.eventlog import History
 from ..models import release
 from ..models.manifest import BundleError
 from ..models.contract import Model
-from ..schema import CART, EVENT_TYPES, PURCHASE, RATING, VIEW
+from ..schema import CART, EVENT_TYPES, ITEM_ID, PURCHASE, RATING, VIEW
 from .arrange import PINNED, How, arrange, explore
-from .catalogue import Catalogue
+from .catalogue import Catalogue, changed
 from .changes import Mark
 from .content import Content, unproven
 from .question import NO_PAST, Before, Past, question
@@ -162,6 +162,13 @@ class Engine:
         tried = engine.recommend(RecommendationRequest(items=found.vocab.ids.head(3).to_list()), None, now=about["created"])
         if tried.tier != engine.best: raise BundleError(f"{path}: it fails on a first question; see the log, and train again")
         return engine
+
+    def over(self, rows: Sequence[Mapping[str, Any]]) -> "Engine":
+        "With these items (fields of `schema.ITEMS`) as they are now; of the bundle's own, the words stay."
+        if not rows: return self
+        catalogue = changed(self.catalogue, rows)
+        said = self.content is not None and any(row[ITEM_ID] in catalogue.later for row in rows)
+        return replace(self, catalogue=catalogue, content=self.content.grown(catalogue) if self.content is not None and said else self.content)
 
     @property
     def best(self) -> str: return FULL if self.ranker is not None else WITHOUT_RANKER if self.without else RETRIEVAL

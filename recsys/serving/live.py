@@ -12,7 +12,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,7 @@ from ..features.definitions import Service
 from ..lake.eventlog import EventLog, EventLogError
 from ..models.bundle import current
 from ..models.manifest import BundleError
-from ..schema import ITEM_ID
 from .arrange import How
-from .catalogue import changed
 from .changes import Changes
 from .engine import Engine, Lists
 from .rules import Rules, RulesError
@@ -96,19 +94,12 @@ class Live:
         self.refused = None
         return ruled or not same
 
-    def _over(self, engine: Engine, rows: Sequence[Mapping[str, Any]]) -> Engine:
-        "The engine with these items as they are now."
-        if not rows: return engine
-        catalogue = changed(engine.catalogue, rows)
-        said = engine.content is not None and any(row[ITEM_ID] in catalogue.later for row in rows)  # words of the bundle's own items stay
-        return replace(engine, catalogue=catalogue, content=engine.content.grown(catalogue) if engine.content is not None and said else engine.content)
-
     def catch_up(self) -> int:
         "Put over the catalogue what changed since the last time; how many changes. Does not raise. A gateway need not wait for `follow` with what it has just taken in."
         with self._change:
             if self.engine is None or self._changes is None: return 0
             rows = self._read(self._changes.more)
-            self.engine = self._over(self.engine, rows)
+            self.engine = self.engine.over(rows)
         if rows: self._counts.items.inc(len(rows))
         return len(rows)
 
@@ -146,7 +137,7 @@ class Live:
         with self._change:
             changes = self._changes
             rows = self._read(lambda: changes.since(new.mark)) if changes is not None else []
-            old, self.engine = self.engine, self._over(replace(new, rules=self._rules, lists=self._lists), rows)
+            old, self.engine = self.engine, replace(new, rules=self._rules, lists=self._lists).over(rows)
         if old: self._counts.info.labels(old.bundle, old.models[0].name).set(0)
         before, old = old.bundle if old else None, None
         self._counts.info.labels(new.bundle, new.models[0].name).set(1)
