@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DAY', 'OWN', 'GOODS', 'SAID', 'NAMES', 'Log', 'own', 'Goods', 'Lists', 'opinions_of', 'contents', 'listed',
-           'feedback', 'together']
+           'feedback']
 
 # %% ../../nbs/800_bench/826_basket_lists.ipynb #acbc5171
 from collections.abc import Mapping, Sequence
@@ -216,9 +216,3 @@ def feedback(lists: Lists, *, frozen: bool = False) -> Feedback:
                        schema={RECOMMENDATION_ID: pl.String, "items": pl.List(pl.String), "types": pl.List(pl.String), "times": pl.List(pl.Int64)})
     values = (lists.frozen if frozen else lists.values).reshape(count * size, -1)
     return Feedback(slots, values, NAMES, "baskets", met, int(now[-1]) + 1)
-
-
-def together(parts: Sequence[Feedback]) -> Feedback:
-    "Feedback of several windows, one after the other."
-    first = parts[0]
-    return Feedback(pl.concat([p.slots for p in parts]), np.concatenate([p.values for p in parts]), first.names, first.service, pl.concat([p.histories for p in parts]), parts[-1].asof)

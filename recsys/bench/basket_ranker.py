@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .basket_lists import NAMES, Lists, Log, feedback, listed, together
+from .basket_lists import NAMES, Lists, Log, feedback, listed
 from .baskets import SHOP, invoices, weights_of
 from .harness import machine
 from ..models.ranker import Ranker
@@ -26,6 +26,7 @@ from ..models.rankfit import examples, fit
 from ..models.registry import code_hash
 from ..models.release import described
 from ..schema import ITEMS, TS
+from ..training.feedback import together
 from ..training.judging import calibration_error, reliability
 from ..training.metrics import Interval, bootstrap, paired_bootstrap
 from ..training.splits import Part, Split, time_split

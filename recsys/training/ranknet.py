@@ -37,7 +37,7 @@ class Net(nn.Module):
     def __init__(self, inputs: int, items: int, shape: Shape, base: np.ndarray):
         super().__init__()
         self.line, self.bend, self.out = nn.Linear(inputs, 3), nn.Linear(inputs, shape.hidden), nn.Linear(shape.hidden, 3, bias=False)
-        self.item, self.fall = nn.Embedding(items, 1), nn.Parameter(torch.zeros(1))
+        self.item, self.fall, self.apart = nn.Embedding(items, 1), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(3))
         for weight in (self.line.weight, self.out.weight, self.item.weight): nn.init.zeros_(weight)
         with torch.no_grad(): self.line.bias.copy_(torch.from_numpy(base))
 
@@ -76,6 +76,7 @@ def fit(
     seed: int = 0,
     shape: Shape | None = None,
     weights: np.ndarray | None = None,  # float32 [N] of slots; default 1
+    apart: np.ndarray | None = None,  # bool [N]: lists with a base rate of their own, such as those that nobody was shown
 ) -> dict[str, np.ndarray]:  # of `Net`, and `place` [PLACES]: log odds, 0 for the first
     "Learn from slots that were shown. The same input and seed give the same weights on one thread. Raises ValueError without a slot."
     if not len(inputs): raise ValueError("ranknet: no slots to learn from; show some lists first")
@@ -83,16 +84,18 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Net(inputs.shape[1], count, shape, rates(done))
-        _learn(net, _tensors(inputs, items, places, done, weights), np.flatnonzero(np.diff(lists)) + 1, shape)
+        _learn(net, _tensors(inputs, items, places, done, weights, apart), np.flatnonzero(np.diff(lists)) + 1, shape)
     out = {name: p.detach().numpy().copy() for name, p in net.named_parameters()}
     fall = max(float(out.pop("fall")[0]), 0.0)  # nobody looks at later places first
+    out.pop("apart")
     return {**out, "place": -fall * np.log(np.arange(1, PLACES + 1, dtype=np.float32))}
 
 # %% ../../nbs/400_training/475_ranknet.ipynb #cd1120e3
-def _tensors(inputs: np.ndarray, items: np.ndarray, places: np.ndarray, done: np.ndarray, weights: np.ndarray | None) -> tuple[Tensor, ...]:
+def _tensors(inputs: np.ndarray, items: np.ndarray, places: np.ndarray, done: np.ndarray, weights: np.ndarray | None, apart: np.ndarray | None) -> tuple[Tensor, ...]:
     every = np.ones(len(inputs), np.float32) if weights is None else weights
+    own = np.zeros(len(inputs), bool) if apart is None else apart
     return (torch.from_numpy(np.ascontiguousarray(inputs, np.float32)), torch.from_numpy(items.astype(np.int64)), torch.from_numpy(np.log(np.clip(places, 1, PLACES))[:, None].astype(np.float32)),
-            torch.from_numpy(done.astype(np.float32)), torch.from_numpy(_steps(done) * every[:, None]))
+            torch.from_numpy(done.astype(np.float32)), torch.from_numpy(_steps(done) * every[:, None]), torch.from_numpy(own[:, None].astype(np.float32)))
 
 # %% ../../nbs/400_training/475_ranknet.ipynb #ed07f24d
 def _which(logits: Tensor, opened: Tensor, lists: Tensor) -> Tensor:
@@ -105,9 +108,9 @@ def _which(logits: Tensor, opened: Tensor, lists: Tensor) -> Tensor:
 
 def _learn(net: Net, data: tuple[Tensor, ...], cuts: np.ndarray, shape: Shape) -> None:
     "AdamW over all lists in a new order each time; the losses are sums over the slots of their step."
-    kinds: Mapping[str, list[Tensor]] = {"free": [net.line.bias, net.fall], "items": [net.item.weight], "rest": []}
+    kinds: Mapping[str, list[Tensor]] = {"free": [net.line.bias, net.fall, net.apart], "items": [net.item.weight], "rest": []}
     for name, p in net.named_parameters():
-        if name not in ("line.bias", "fall", "item.weight"): kinds["rest"].append(p)
+        if name not in ("line.bias", "fall", "apart", "item.weight"): kinds["rest"].append(p)
     decay = {"free": 0.01, "items": shape.decay_items, "rest": shape.decay}
     optimizer = torch.optim.AdamW([{"params": params, "weight_decay": decay[kind], "lr": shape.lr * (10 if kind == "free" else 1)} for kind, params in kinds.items()])
     lists = np.split(np.arange(len(data[0])), cuts)
@@ -118,8 +121,8 @@ def _learn(net: Net, data: tuple[Tensor, ...], cuts: np.ndarray, shape: Shape) -
         for some in torch.randperm(len(lists)).split(together)[:total - done]:
             rows = [lists[n] for n in some.tolist()]
             whose = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(r) for r in rows]))
-            x, item, place, target, weight = (part[torch.from_numpy(np.concatenate(rows))] for part in data)
-            logits = net(x, item)
+            x, item, place, target, weight, apart = (part[torch.from_numpy(np.concatenate(rows))] for part in data)
+            logits = net(x, item) + net.apart * apart
             logits = torch.cat([logits[:, :1] - net.fall * place, logits[:, 1:]], 1)
             loss = nn.functional.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="sum") + shape.listwise * _which(logits[:, 0], target[:, 0] * weight[:, 0], whose)
             optimizer.zero_grad()
