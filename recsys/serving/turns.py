@@ -34,7 +34,7 @@ class Turns:
         if self._begun:
             took = now - self._at
             if took > self._seconds: self._some = max(self._some // 2, 1)
-            elif self._begun == self._some and took < self._seconds: self._some = min(self._some * 2, MOST)
+            elif self._begun == self._some: self._some = min(self._some * 2, MOST)
         self._begun, self._at = min(self._some, len(self._waiting)), now
         for _ in range(self._begun): self._waiting.popleft()()
         if self._begun: loop.call_soon(self._turn, loop)
