@@ -85,15 +85,15 @@ class Connection(HttpToolsProtocol):
             self.refuse(Refused("head-too-large", rule=f"must hold at most {HEAD_BYTES} bytes", remedy="send shorter headers and a shorter address"))
 
     def on_headers_complete(self) -> None:
-        first = not self.answering
         self.heard, self.head, self.inside = None, 0, True
-        if first and self.gate is not None and self.refused_at_the_gate(): return
+        if not self.answering and self.gate is not None and self.refused_at_the_gate(): return
         super().on_headers_complete()
-        self.scope["arrived"] = now = time.perf_counter()  # type: ignore[typeddict-unknown-key]
-        if first and self.pressure is not None: self.scope["ahead"] = self.pressure.comes(now=now)  # type: ignore[typeddict-unknown-key]
         if self.draining: self.cycle.keep_alive = False
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        "Of a request that may begin: one that its client sent before it had read the last answer comes when that answer is whole."
+        cycle.scope["arrived"] = now = time.perf_counter()  # type: ignore[typeddict-unknown-key]
+        if self.pressure is not None: cycle.scope["ahead"] = self.pressure.comes(now=now)  # type: ignore[typeddict-unknown-key]
         begin = partial(super()._start_asgi_task, cycle, app)
         if self.turns is None: begin()
         else: self.turns.put(begin)
