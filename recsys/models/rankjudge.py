@@ -15,7 +15,8 @@ import numpy as np
 import polars as pl
 
 from .ranker import Objective, Ranker
-from .rankfit import Examples, examples, fit
+from .rankfit import Examples, compared, examples, fit
+from .rankinputs import Facts
 from ..prep.vocab import Vocab
 from ..schema import PRICE, PROPENSITY, RECOMMENDATION_ID, TS, USER_ID
 from ..training.feedback import DID, Feedback
@@ -85,6 +86,8 @@ def judge(
     """Fit and ask, part by part. A first ranker is let through where it gains on the mean, does not lose more than `tolerance` for sure, and what was drawn does not speak against it; or where visits
     are surely for it, and nothing that was shown is surely against it."""
     how: dict[str, Any] = {"seed": seed, "objective": objective, "shape": shape}
+    facts = Facts.of(items)
+    feedback, organic = compared(feedback, facts, vocab), compared(organic, facts, vocab) if organic is not None else None
     cuts = [(earlier, later) for earlier, later in forward(feedback) if len(earlier)] if len(feedback) >= 2 * least else []
     parts = [_answered(later, opinions(fit(earlier, vocab, items, organic=_before(organic, later), **how), later, vocab), objective) for earlier, later in cuts]
     tried = reigning and sum(p.wanted for p in parts) >= least and any(len(p.whose_pair) > 1 for p in parts)  # what was drawn decides
@@ -154,7 +157,7 @@ def decided(parts: Sequence[_Answered], visits: Sequence[_Answered] = (), *, lea
         return Interval(*(float(x) / float(theirs.mean()) for x in (found.mean, found.low, found.high)))
     walked = gained([p.by_list for p in visits], [p.whose for p in visits], VETO)
     gain = gained([p.by_list for p in parts], [p.whose for p in parts]) if wanted >= least else None
-    drawn, surely = (gained([p.by_pair for p in parts], [p.whose_pair for p in parts], c) if gain else None for c in (confidence, VETO))
+    drawn, surely = (gained([p.by_pair for p in parts], [p.whose_pair for p in parts], c) if gain else None for c in (VETO if reigning else confidence, VETO))
     # only what was drawn tells orders apart where no place is looked at more than another, and where a ranker chose the lists: what retrieval ranks low is in them by the ranker's word alone, so that within them retrieval looks the wiser of the two
     level = gain is not None and gain.low == gain.high == 0
     told = (drawn or walked or gain) if reigning else drawn if drawn and level else gain

@@ -102,6 +102,7 @@ class Feedback:
     histories: pl.DataFrame  # see `histories`
     asof: int  # ms: nothing later was read
     shown: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=SHOWN))  # see `shown_before`
+    matched: np.ndarray | None = None  # float32 [slots, M], how each compares with what was met, for one catalogue (`rankfit.compared`); not kept on disk
 
     def __len__(self) -> int: return self.slots[RECOMMENDATION_ID].n_unique()
 
@@ -117,7 +118,7 @@ class Feedback:
         "Some slots, by a mask (bool [slots]), and what belongs to their lists."
         some = self.slots.filter(inside)
         histories, shown = (part.join(some, on=RECOMMENDATION_ID, how="semi", maintain_order="left") for part in (self.histories, self.shown))
-        return Feedback(some, self.values[inside], self.names, self.service, histories, self.asof, shown)
+        return Feedback(some, self.values[inside], self.names, self.service, histories, self.asof, shown, self.matched[inside] if self.matched is not None else None)
 
     def write(self, folder: str | Path) -> None:
         "As Parquet, numpy and JSON."
@@ -187,5 +188,6 @@ def together(parts: Sequence[Feedback]) -> Feedback:
     first = parts[0]
     for part in parts:
         if part.names != first.names: raise ValueError(f"feedback of {part.service} and of {first.service}: their features are not the same; gather both with one service")
+    matched = [p.matched for p in parts if p.matched is not None]
     return Feedback(pl.concat([p.slots for p in parts], how="diagonal_relaxed"), np.concatenate([p.values for p in parts]), first.names, first.service,
-                    pl.concat([p.histories for p in parts]), max(p.asof for p in parts), pl.concat([p.shown for p in parts]))
+                    pl.concat([p.histories for p in parts]), max(p.asof for p in parts), pl.concat([p.shown for p in parts]), np.concatenate(matched) if len(matched) == len(parts) else None)

@@ -112,7 +112,7 @@ def _learn(net: Net, data: tuple[Tensor, ...], cuts: np.ndarray, shape: Shape) -
     for name, p in net.named_parameters():
         if name not in ("line.bias", "fall", "apart", "item.weight"): kinds["rest"].append(p)
     decay = {"free": 0.01, "items": shape.decay_items, "rest": shape.decay}
-    optimizer = torch.optim.AdamW([{"params": params, "weight_decay": decay[kind], "lr": shape.lr * (10 if kind == "free" else 1)} for kind, params in kinds.items()])
+    optimizer = torch.optim.AdamW([{"params": params, "weight_decay": decay[kind], "lr": shape.lr * (10 if kind == "free" else 1)} for kind, params in kinds.items()], fused=True)
     lists = np.split(np.arange(len(data[0])), cuts)
     together = max(1, shape.batch * len(lists) // len(data[0]))
     total, done = max(shape.epochs * -(-len(lists) // together), shape.least_steps), 0
