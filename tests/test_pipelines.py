@@ -162,6 +162,8 @@ def test_a_small_shop_keeps_up_with_its_data_and_only_with_them(tmp_path):
     idle = retrain(home)
     assert not idle["promoted"] and idle["bundle"] is None and "nothing new" in idle["reasons"][0]
     assert idle["champion"] == more["champion"] != first["champion"]
+    Lake(home.lake).append("items", world.items.head(1).with_columns(title=pl.lit("a mug with a lid"), ts=pl.col("ts") + 1))  # no event, but other words
+    assert retrain(home)["bundle"] not in (None, more["champion"])
 
 
 def test_an_empty_lake_says_what_to_do(tmp_path):
