@@ -884,6 +884,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'recsys.lake.database._begin_at_once': ( '100_lake/database.html#_begin_at_once',
                                                                                'recsys/lake/database.py'),
                                       'recsys.lake.database._open': ('100_lake/database.html#_open', 'recsys/lake/database.py'),
+                                      'recsys.lake.database._to_disk': ('100_lake/database.html#_to_disk', 'recsys/lake/database.py'),
                                       'recsys.lake.database._turn': ('100_lake/database.html#_turn', 'recsys/lake/database.py'),
                                       'recsys.lake.database.failed': ('100_lake/database.html#failed', 'recsys/lake/database.py')},
             'recsys.lake.eventlog': {'recsys.lake.eventlog.open_log': ('100_lake/eventlog.html#open_log', 'recsys/lake/eventlog.py')},

@@ -493,7 +493,7 @@ def test_impressions_are_committed_by_the_loop_and_by_the_lane_where_it_is_not_t
         return free, held, later
     free, held, later = asyncio.run(go())
     assert all(a.accepted == 1 for a in (*free, *held)) and (later.accepted, later.duplicates) == (1, 1) and log.depth("impressions", after=0) == 7
-    assert by == [True] * 3 + [False] * 2
+    assert by == [True, False, False]
     log.copy_back("impressions")
 
 

@@ -158,16 +158,19 @@ def contenders(shop: Shop, full: Shop, peers: Path, cache: Path, histories: Path
 
 
 def capacity(servers: Mapping[str, Server], script: Path, *, sizes: Sizes, step: Step | None = None) -> dict[str, list[dict[str, Any]]]:
-    "Closed loops, in turns; of a peer the form that does better in the first round."
-    runs: dict[str, list[dict[str, Any]]] = {}
-    chosen = dict(servers)
-    for repeat in range(sizes.repeats):
-        for name, server in list(chosen.items()):
-            if step: step(f"round {repeat + 1}: {name}", None)
-            runs.setdefault(name, []).append(loaded(server, script, sizes, mine=server.name in OURS))
-        if not repeat:
-            best = {server.name: max((n for n, s in chosen.items() if s.name == server.name), key=lambda n: runs[n][0]["rps"]) for server in chosen.values()}
-            chosen = {n: s for n, s in chosen.items() if best[s.name] == n}
+    "Closed loops, in turns, after a round that is not counted; of a peer the form that did better in that."
+    def round(number: int, of: Mapping[str, Server]) -> dict[str, dict[str, Any]]:
+        found = {}
+        for name, server in of.items():
+            if step: step(f"round {number}: {name}", None)
+            found[name] = loaded(server, script, sizes, mine=server.name in OURS)
+        return found
+    first = round(0, servers)
+    best = {server.name: max((n for n, s in servers.items() if s.name == server.name), key=lambda n: first[n]["rps"]) for server in servers.values()}
+    chosen = {n: s for n, s in servers.items() if best[s.name] == n}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    for number in range(sizes.repeats):
+        for name, found in round(number + 1, chosen).items(): runs[name].append(found)
     return {servers[n].name: [r | {"form": n} for r in runs[n]] for n in chosen}
 
 # %% ../../nbs/800_bench/880_serving.ipynb #be06206d

@@ -92,8 +92,17 @@ def _begin_at_once(connection: sqlite3.Connection, path: Path) -> None:
         raise BlockingIOError(f"{path}: another process writes, out of its turn") from e
     finally: connection.execute(f"PRAGMA busy_timeout={BUSY_MS}")
 
+# %% ../../nbs/100_lake/130_database.ipynb #aefca100
+def _to_disk(path: Path) -> None:
+    "Have what was written to a database reach the disk, by a handle that SQLite has (to close one of our own would take its locks from it). Where the system does not list handles, SQLite does it itself, later."
+    handles, name = Path("/proc/self/fd"), str(path.resolve())
+    for handle in handles.iterdir() if handles.exists() else ():
+        try:
+            if os.readlink(handle) == name: return os.fdatasync(int(handle.name))
+        except OSError: continue  # closed meanwhile
+
 # %% ../../nbs/100_lake/130_database.ipynb #aefca101
-ROUNDS, REST = 5, 500  # of copying beside those who write; pages that are left for a turn
+ROUNDS, REST = 8, 100  # of copying beside those who write; pages that may be left for a turn
 
 
 class Database(_Connections):
@@ -124,9 +133,12 @@ class Database(_Connections):
 
     def copy_back(self) -> None:
         "Copy what was written from the log to the database: nearly all of it beside those who write, and only the rest, so that the log can begin again, in a turn of its own."
+        before = 0
         for _ in range(ROUNDS):
-            _, pages, copied = self.one("PRAGMA wal_checkpoint(PASSIVE)")
-            if pages - copied < REST: break
+            copied = self.one("PRAGMA wal_checkpoint(PASSIVE)")[2]
+            _to_disk(self.path)
+            if copied - before < REST: break  # where somebody else is copying, too: -1
+            before = copied
         with _turn(self._local.turn): self.one("PRAGMA wal_checkpoint(PASSIVE)")
 
     def one(self, sql: str, *values: Any) -> Any:

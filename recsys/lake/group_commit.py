@@ -125,7 +125,7 @@ TURNS = 5  # turns of the loop in which those try again who found another proces
 
 
 class _AtOnce:
-    "Batches committed by the loop in its own thread where that takes no waiting; else, those of some turns together, by the lane."
+    "The batches of a turn of the loop, committed by the loop in its own thread where that takes no waiting; else, those of some turns together, by the lane."
 
     def __init__(self, log: EventLog, stream: Stream, lane: _Lane, *, patience_s: float):
         self._log, self._stream, self._lane, self._patience_s, self._open, self._copying = log, stream, lane, patience_s, True, _Copying(log, stream)
@@ -134,9 +134,6 @@ class _AtOnce:
     async def put(self, rows: list[Row]) -> Any:
         "As `_Lane.put`."
         if not self._open: raise EventLogError("the log is closed; nothing of this was stored")
-        if not self._waiting and (found := self._log.commit_at_once(self._stream, [rows])) is not None:
-            self._copying.count(len(rows))
-            return found[0]
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         if (waiting := self._waiting.get(loop)) is None:
@@ -146,6 +143,7 @@ class _AtOnce:
         return await future
 
     def _go(self, loop: asyncio.AbstractEventLoop, turns: int) -> None:
+        "After all that the loop had begun by then."
         group, results, error = self._waiting.pop(loop, []), None, None
         try:
             results = self._log.commit_at_once(self._stream, [rows for rows, _, _ in group])
