@@ -736,6 +736,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'recsys.features.record.Inputs.of_pairs': ( '300_features/record.html#inputs.of_pairs',
                                                                                     'recsys/features/record.py'),
                                         'recsys.features.record._floats': ('300_features/record.html#_floats', 'recsys/features/record.py'),
+                                        'recsys.features.record._inputs': ('300_features/record.html#_inputs', 'recsys/features/record.py'),
                                         'recsys.features.record.logged': ('300_features/record.html#logged', 'recsys/features/record.py'),
                                         'recsys.features.record.noted': ('300_features/record.html#noted', 'recsys/features/record.py')},
             'recsys.features.redis_store': { 'recsys.features.redis_store.LatestRedisOnlineStore': ( '300_features/redis_store.html#latestredisonlinestore',

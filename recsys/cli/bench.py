@@ -182,7 +182,7 @@ def bench_loop(
     shoppers: Annotated[int, typer.Option(min=10)] = 800,
     items: Annotated[int, typer.Option(min=40)] = 2000,
     policies: Annotated[str, typer.Option(help="Comma separated: random, popular, covisit, retrieval, full.")] = "random,popular,covisit,retrieval,full",
-    processes: Annotated[int, typer.Option(min=1)] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="One more than there are cores: each waits for the disk now and then.")] = 3,
     results: ResultsOption = None,
     home: HomeOption = None,
     json: JsonOption = False,

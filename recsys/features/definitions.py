@@ -12,6 +12,7 @@ __all__ = ['Moment', 'DAY', 'EVENT_TIMESTAMP', 'CREATED', 'ENTITIES', 'PAIR_SEQ'
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -163,7 +164,7 @@ class Service:
         "The features in order; with `keys`, those of the views with exactly these keys, such as the row of a user."
         return tuple(f for v, names in self.reads if keys is None or v.keys == tuple(keys) for n in names for f in v.features if f.name == n)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...]:
         "The names that a model weighs: all but the marks, which say what a row is made from and nothing of the shopper."
         return tuple(f.name for f in self.features() if f.name not in MARKS)

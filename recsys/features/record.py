@@ -7,6 +7,7 @@ __all__ = ['Inputs', 'noted', 'logged']
 
 # %% ../../nbs/300_features/345_record.ipynb #260a006b
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -79,13 +80,17 @@ def noted(
     return {**kept, "pairs": {c: dict(p) for c, p in pairs.items() if c in shown} if pairs is not None and user is not None else None}
 
 # %% ../../nbs/300_features/345_record.ipynb #9b479d0e
+@cache
+def _inputs(service: str) -> Inputs: return Inputs(SERVICES[service])
+
+
 def logged(
     kept: Mapping[str, Any],  # `features` of an impression, as JSON gives it
     item_ids: Sequence[str],  # those to look up, such as its slots
 ) -> np.ndarray:
     "float32 [n, `service.inputs`]: what `Inputs.fill` gave when it was served. Raises ValueError for a service that is not known, or an item that is not on record."
     if kept.get("service") not in SERVICES: raise ValueError(f"features of service {kept.get('service')!r}: this release knows {', '.join(SERVICES)}")
-    inputs, there = Inputs(SERVICES[kept["service"]]), kept.get("items")
+    inputs, there = _inputs(kept["service"]), kept.get("items")
     if there is not None and (lost := [i for i in item_ids if i not in there]): raise ValueError(f"item {lost[0]!r} is not on record: only items that were shown are")
     found = [there[i] for i in item_ids] if there is not None else [{}] * len(item_ids)
     defaults = dict(zip(inputs.layout.features, inputs.layout.defaults, strict=True))

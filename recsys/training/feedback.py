@@ -81,11 +81,11 @@ def shown_before(impressions: pl.LazyFrame) -> pl.DataFrame:
     "`SHOWN`: what was in the shopper's latest lists before each list, and a time (ms) for each item; the lists that were read then, where the list says which."
     said = [pl.col(FEATURES).str.json_path_match(f"$.shown[{n}]").cast(pl.Int64) for n in (0, 1)]  # how many, and when the last of them was made
     made = impressions.filter(pl.col(USER_ID).is_not_null(), pl.col(SLOTS).list.len() > 0).sort(TS, RECOMMENDATION_ID).unique(RECOMMENDATION_ID, keep="first", maintain_order=True)
-    made = made.with_columns(pl.int_range(pl.len()).over(USER_ID).alias("n")).sort(TS, "n")
+    made = made.with_columns(pl.int_range(pl.len()).over(USER_ID).alias("n")).sort(TS, "n").collect().lazy()
     earlier = made.select(USER_ID, TS, "n", pl.col(SLOTS).list.eval(pl.element().struct.field(ITEM_ID)).alias("items"))
     asked = made.select(RECOMMENDATION_ID, USER_ID, pl.col(TS).alias("at"), said[0].fill_null(LISTS).alias("read"), said[1].fill_null(pl.col(TS)).alias("until"), (pl.col("n") - 1).alias("before"))
     asked = asked.sort("until").join_asof(earlier.select(USER_ID, TS, "n"), left_on="until", right_on=TS, by=USER_ID, strategy="backward", check_sortedness=False)
-    asked = asked.with_columns(pl.min_horizontal(pl.col("n").fill_null(-1), "before").alias("last"))
+    asked = asked.with_columns(pl.min_horizontal(pl.col("n").fill_null(-1), "before").alias("last")).collect().lazy()  # once, not for each of those below
     each = pl.concat([asked.filter(pl.col("read") > b).select(RECOMMENDATION_ID, USER_ID, "at", (pl.col("last") - b).alias("n")) for b in range(LISTS)])
     pairs = each.join(earlier, on=(USER_ID, "n")).filter(pl.col("at") - pl.col(TS) <= LISTS_MS).sort(RECOMMENDATION_ID, "n").explode("items")
     return pairs.group_by(RECOMMENDATION_ID, maintain_order=True).agg("items", pl.col(TS).alias("times")).cast(SHOWN).collect()  # type: ignore[arg-type]
