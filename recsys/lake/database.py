@@ -6,6 +6,7 @@
 __all__ = ['REMEDIES', 'BUSY_MS', 'WAL_PAGES', 'ROUNDS', 'REST', 'failed', 'Database']
 
 # %% ../../nbs/100_lake/130_database.ipynb #35190e85
+import errno
 import fcntl
 import os
 import secrets
@@ -94,12 +95,14 @@ def _begin_at_once(connection: sqlite3.Connection, path: Path) -> None:
 
 # %% ../../nbs/100_lake/130_database.ipynb #aefca100
 def _to_disk(path: Path) -> None:
-    "Have what was written to a database reach the disk, by a handle that SQLite has (to close one of our own would take its locks from it). Where the system does not list handles, SQLite does it itself, later."
+    "Have what was written to a database reach the disk, by a handle that SQLite has (to close one of our own would take its locks from it). Where the system does not list handles, SQLite does it itself, later. Raises EventLogError."
     handles, name = Path("/proc/self/fd"), str(path.resolve())
     for handle in handles.iterdir() if handles.exists() else ():
         try:
             if os.readlink(handle) == name: return os.fdatasync(int(handle.name))
-        except OSError: continue  # closed meanwhile
+        except FileNotFoundError: continue  # closed meanwhile
+        except OSError as e:  # told once, and not to SQLite again
+            if e.errno != errno.EBADF: raise EventLogError(f"{path}: {e.strerror}: what was copied may not be on the disk; check the disk") from e
 
 # %% ../../nbs/100_lake/130_database.ipynb #aefca101
 ROUNDS, REST = 8, 100  # of copying beside those who write; pages that may be left for a turn
