@@ -31,11 +31,11 @@ class Turns:
         if self._begun >= self._some or self._waiting: return self._waiting.append(begin)
         if not self._begun: self._at = self._clock()
         self._begun += 1
-        begin()
         if self._begun == 1: self._ends()
+        begin()
 
     def _ends(self) -> None:
-        "Ask for the next turn after what has begun: the loop keeps the order."
+        "Ask for the next turn, after this one and its answers: the loop keeps the order."
         self._before, self._passes = self._begun, PASSES
         asyncio.get_running_loop().call_soon(self._turn)
 
@@ -49,5 +49,5 @@ class Turns:
         if now - self._at > self._seconds: self._some = max(self._some // 2, 1)
         elif self._begun == self._some: self._some = min(self._some * 2, MOST)
         self._begun, self._at = min(self._some, len(self._waiting)), now
+        if self._begun: self._ends()  # before anything can fail
         for _ in range(self._begun): self._waiting.popleft()()
-        if self._begun: self._ends()
