@@ -85,7 +85,7 @@ class Clock:
     def __call__(self) -> int: return self.now
 
 # %% ../../nbs/800_bench/850_loop.ipynb #a3ce7e7b
-NETWORK = {"dim": 48, "length": 60, "conv": 0, "dropout": 0.4, "lr": 5e-3, "epochs": 8}  # for some ten thousand views: fitted in seven seconds
+NETWORK = {"dim": 48, "length": 60, "dropout": 0.4, "lr": 5e-3, "epochs": 8}  # for some ten thousand views: fitted in eight seconds
 
 
 def _recipe(policy: str) -> Recipe:
