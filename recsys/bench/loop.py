@@ -106,7 +106,7 @@ def walked(home: Home, *, now: int, seed: int, days: int = 14) -> Feedback:
     engine = engine_of(list(parts.values()), items, asof=now - days * DAY)
     return organic(engine, clean(Lake(home.lake).scan("events"), asof=now), Lake(home.features / OFFLINE, tables=TABLES).scan, start=now - days * DAY, end=now)
 
-
+# %% ../../nbs/800_bench/850_loop.ipynb #a3ce7e01
 def night(home: Home, settings: Settings, policy: str, *, now: int, seed: int, visits: Feedback | None = None) -> dict[str, Any]:
     "Fit on what the lake knows, and put it in place; what was said of the ranker."
     lake, (parts, items) = Lake(home.lake), _fitted(home, policy, asof=now, seed=seed)

@@ -157,7 +157,7 @@ def item_rows(items: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 Moment = tuple[str, str, int]  # item_id, type, ts
 
-
+# %% ../../nbs/100_lake/100_records.ipynb #6c608901
 def latest(older: Iterable[Moment], newer: Iterable[Moment], most: int) -> list[Moment]:
     "The last `most` distinct moments in order of time; `older` arrived first."
     return sorted(dict.fromkeys((*older, *newer)), key=itemgetter(2))[-most:]

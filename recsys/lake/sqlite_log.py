@@ -80,7 +80,7 @@ def _added(connection: sqlite3.Connection, stream: Stream, batches: Sequence[Seq
     connection.execute("ROLLBACK TO whole")
     return [max(connection.executemany(ADD[stream], rows).rowcount, 0) for rows in batches], None
 
-
+# %% ../../nbs/100_lake/132_sqlite_log.ipynb #0710b801
 class _Intake:
     "What goes into a log: a database for each stream."
 

@@ -148,7 +148,7 @@ def graph_of(weights: Mapping[str, np.ndarray], calibration: np.ndarray) -> "onn
     onnx.checker.check_model(model)
     return model
 
-
+# %% ../../nbs/500_models/574_ranker.ipynb #792a5001
 def _session(graph: bytes, where: str) -> "onnxruntime.InferenceSession":
     "On one thread. Raises ValueError."
     import onnxruntime as ort

@@ -38,7 +38,7 @@ class Examples:
 
     def __len__(self) -> int: return len(self.items)
 
-
+# %% ../../nbs/500_models/577_rankfit.ipynb #fde39201
 def compared(feedback: Feedback, facts: Facts, vocab: Vocab) -> Feedback:
     "With how each slot compares with what its shopper had met: worked out once, where one part after the other is asked about."
     return replace(feedback, matched=_matched(feedback, facts, vocab))
