@@ -157,7 +157,8 @@ def decided(parts: Sequence[_Answered], visits: Sequence[_Answered] = (), *, lea
         return Interval(*(float(x) / float(theirs.mean()) for x in (found.mean, found.low, found.high)))
     walked = gained([p.by_list for p in visits], [p.whose for p in visits], VETO)
     gain = gained([p.by_list for p in parts], [p.whose for p in parts]) if wanted >= least else None
-    drawn, surely = (gained([p.by_pair for p in parts], [p.whose_pair for p in parts], c) if gain else None for c in (VETO if reigning else confidence, VETO))
+    surely = gained([p.by_pair for p in parts], [p.whose_pair for p in parts], VETO) if gain else None
+    drawn = surely if reigning or surely is None else gained([p.by_pair for p in parts], [p.whose_pair for p in parts])
     # only what was drawn tells orders apart where no place is looked at more than another, and where a ranker chose the lists: what retrieval ranks low is in them by the ranker's word alone, so that within them retrieval looks the wiser of the two
     level = gain is not None and gain.low == gain.high == 0
     told = (drawn or walked or gain) if reigning else drawn if drawn and level else gain
