@@ -10,10 +10,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recsys.models import blend, covisit, popular, release, sequential
+from recsys.models import blend, covisit, popular, release, sequential, transformer
 from recsys.models.bundle import promote
 from recsys.models.contract import Filled, best, fill, learnable, places
 from recsys.models.manifest import BundleError
+from recsys.models.transformer import Transformer
 from recsys.prep.sequences import Sequences, from_frame
 from recsys.prep.vocab import Vocab
 from recsys.synth import DAY, T0, shop
@@ -24,14 +25,14 @@ ASOF = T0 + 30 * DAY
 def _filled(rows: pl.DataFrame, **kw) -> Filled: return Filled(covisit.fit(rows, **kw), popular.fit(rows, **kw))
 
 
-def _sequential(rows: pl.DataFrame, **kw) -> sequential.Sequential: return sequential.fit(rows, **SMALL, **kw)
+def _sequential(rows: pl.DataFrame, **kw) -> Transformer: return sequential.fit(rows, **SMALL, **kw)
 def _blend(rows: pl.DataFrame, **kw) -> blend.Blend: return blend.fit(rows, network=SMALL, **kw)
 
 
 FITS = {"popular": popular.fit, "popular with echo": partial(popular.fit, echo=0.5, half_life_share=0.3, window_days=20), "covisit": covisit.fit,
         "covisit of sessions": partial(covisit.fit, repeats=True, half_life_share=0.5, backward=0.8), "covisit+popular": _filled,
         "sequential": _sequential, "blend": _blend}
-LOADS = {"popular": popular.load, "covisit": covisit.load, "sequential": sequential.load, "blend": blend.load}
+LOADS = {"popular": popular.load, "covisit": covisit.load, "sequential": transformer.load, "blend": blend.load}
 SMALL = {"dim": 16, "heads": 1, "length": 20, "epochs": 2, "dtype": "fp32"}
 
 

@@ -12,13 +12,13 @@ import pytest
 from scipy import sparse
 
 from recsys.bench.serving_shop import network
-from recsys.models import blend, popular, release, sequential
+from recsys.models import blend, popular, release, transformer
 from recsys.models.blend import Blend
 from recsys.models.bundle import promote
 from recsys.models.covisit import Covisit, Neighbours
 from recsys.models.index import FEW, LEAST
 from recsys.models.manifest import BundleError
-from recsys.models.sequential import Sequential
+from recsys.models.transformer import Transformer
 from recsys.prep.sequences import Sequences
 from recsys.prep.vocab import Vocab
 from recsys.schema import ITEMS
@@ -34,13 +34,13 @@ def histories(n: int, *, seed: int) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def net() -> Sequential:
+def net() -> Transformer:
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((N // 100, DIM), dtype=np.float32)
     vectors = centres[rng.integers(0, len(centres), N)] + 0.8 * rng.standard_normal((N, DIM), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     counts = np.append(0, rng.integers(1, 1000, N))
-    model = Sequential(VOCAB, network(vectors, length=40, seed=0), counts, np.empty((0, DIM), np.float32), repeats=False, asof=0)
+    model = Transformer(VOCAB, network(vectors, length=40, seed=0), counts, np.empty((0, DIM), np.float32), repeats=False, asof=0)
     return replace(model, asked=model.states(Sequences.from_lists(histories(64, seed=1))))
 
 
@@ -54,7 +54,7 @@ def counts() -> Covisit:
     return Covisit(VOCAB, Neighbours(table, 10, 0.7), np.append(0, np.full(N, 7)))
 
 
-def whole(net: Sequential, counts: Covisit) -> Blend:
+def whole(net: Transformer, counts: Covisit) -> Blend:
     "All kinds of parts: two networks, counts, and what was heard."
     other = replace(net, forward=network(net.forward.weights["table"][1:], length=40, seed=7))
     heard = popular.Popular(VOCAB, np.append(0, np.arange(N, 0, -1)).astype(np.float32), np.append(0, np.ones(N, np.int64)), 0, echo=0.1)
@@ -62,7 +62,7 @@ def whole(net: Sequential, counts: Covisit) -> Blend:
 
 
 @pytest.fixture(scope="module")
-def bundle(net: Sequential, counts: Covisit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(net: Transformer, counts: Covisit, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A release with the blend, and popular as its floor."
     shop = pl.DataFrame({"item_id": VOCAB.ids, "title": VOCAB.ids, "in_stock": np.random.default_rng(3).random(N) < 0.9})
     shop = shop.with_columns(pl.lit(None, dtype=t).alias(c) for c, t in ITEMS.items() if c not in shop.columns).select(list(ITEMS)).cast(dict(ITEMS))  # type: ignore[arg-type]
@@ -82,13 +82,13 @@ def asked(n: int) -> list[tuple[Sequences, Sequences, np.ndarray]]:
 
 def test_the_bundle_says_what_its_index_is_worth(bundle: Path) -> None:
     quick = release.load(bundle).models["blend"].parts[0]  # type: ignore[attr-defined]
-    assert isinstance(quick, Sequential) and quick.index is not None
+    assert isinstance(quick, Transformer) and quick.index is not None
     report = quick.index.report
     assert report.kind in ("lists", "codes") and report.recall >= LEAST and report.items == N and report.bytes < N * DIM * 4
 
 
 @pytest.mark.parametrize("filtered", [False, True])
-def test_one_query_is_the_full_comparison(bundle: Path, net: Sequential, counts: Covisit, filtered: bool) -> None:
+def test_one_query_is_the_full_comparison(bundle: Path, net: Transformer, counts: Covisit, filtered: bool) -> None:
     "Items of sequential and of the blend, alone through the index and in a batch of two over all items."
     loaded, found = release.load(bundle).models["blend"], []
     assert isinstance(loaded, Blend)
@@ -132,7 +132,7 @@ def test_a_broken_encoder_or_index_is_refused(bundle: Path, tmp_path: Path) -> N
         shutil.copytree(bundle, copy)
         file = next(copy.rglob(name))
         file.write_bytes(file.read_bytes()[:500])
-        with pytest.raises(ValueError, match=name): sequential.load(file.parent, there.vocab)
+        with pytest.raises(ValueError, match=name): transformer.load(file.parent, there.vocab)
         with pytest.raises(BundleError): promote(copy.parent, bundle.name, reason="test")
 
 

@@ -30,7 +30,7 @@ from ..lake.vault import Vault
 from ..models import popular, release
 from ..models.bundle import champion, promote
 from ..models.forward import Forward
-from ..models.sequential import Sequential
+from ..models.transformer import Transformer
 from ..prep.sequences import Sequences
 from ..prep.vocab import Vocab
 from ..schema import ITEMS
@@ -87,7 +87,7 @@ class Shop:
     key: str  # with the scopes to send events and to ask
     vocab: Vocab
     out_of_stock: np.ndarray  # bool [n], of items from 1
-    model: Sequential  # as it is in memory: all items compared
+    model: Transformer  # as it is in memory: all items compared
     histories: dict[str, list[int]]  # item numbers by the shop's user id
     report: Mapping[str, Any]  # of the index
 
@@ -98,7 +98,7 @@ def open_shop(home: Home, peers: Path, histories: Path, *, items: int, seed: int
     vectors, gone, vocab = api.item_vectors(items, seed), api.out_of_stock(items, seed), Vocab(names(items))
     past = {user: [int(i[1:]) + 1 for i in row] for user, *row in map(str.split, histories.read_text().splitlines())}
     counts = np.append(0, np.ones(items, np.int64))
-    model = Sequential(vocab, network(vectors, length=api.LENGTH, seed=seed), counts, np.empty((0, api.DIM), np.float32), repeats=True, asof=1)
+    model = Transformer(vocab, network(vectors, length=api.LENGTH, seed=seed), counts, np.empty((0, api.DIM), np.float32), repeats=True, asof=1)
     model = replace(model, asked=model.states(Sequences.from_lists(list(past.values())[-256:])))
     floor = popular.Popular(vocab, counts.astype(np.float32), counts, 1)
     about = {"created": 1, "data": {"asof": 1}, "metrics": {}, "settings": {}}

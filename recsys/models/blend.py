@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from . import covisit, popular, sequential
+from . import covisit, popular, sequential, transformer
 from .contract import Model, Slates, best, best_above_zero, check, places
 from .covisit import Covisit
 from .index import DEPTH, NONE
 from .popular import Popular
-from .sequential import Sequential
+from .transformer import Transformer
 from ..prep.sequences import Sequences
 from ..prep.vocab import Vocab
 
@@ -71,7 +71,7 @@ class _Voice:
 
 def _voice(part: Model, history: np.ndarray) -> _Voice | None:
     "None where it knows nothing of the history, so that all items are equal to it."
-    if isinstance(part, Sequential): return _of_network(part, history)
+    if isinstance(part, Transformer): return _of_network(part, history)
     if isinstance(part, Covisit):
         near, said = part.near.found(history)
         total = np.float32(max(said.sum(), 1e-30))
@@ -86,7 +86,7 @@ def _voice(part: Model, history: np.ndarray) -> _Voice | None:
     return _Voice(lambda n, mask, exclude: part.one(history, k=n, exclude=exclude, mask=mask)[0], lambda items: row[items] / np.float32(max(row.sum(), 1e-30)))
 
 
-def _of_network(net: Sequential, history: np.ndarray) -> _Voice | None:
+def _of_network(net: Transformer, history: np.ndarray) -> _Voice | None:
     state, index = net.state(history), net.index
     if state is None or index is None: return None
     return _Voice(lambda n, mask, exclude: index.search(state, n, allowed=mask, exclude=exclude)[0], lambda items: index.probabilities(net.forward.compared.take(items, 0) @ state, state))
@@ -124,8 +124,8 @@ class _Parts:
     @property
     def _quick(self) -> bool:
         "Have all networks an index, and are the other parts counts?"
-        nets = [p for p in self.parts if isinstance(p, Sequential)]
-        return bool(nets) and all(p.index is not None and p.index.codes is not None for p in nets) and all(isinstance(p, (Sequential, Covisit, Popular)) for p in self.parts)
+        nets = [p for p in self.parts if isinstance(p, Transformer)]
+        return bool(nets) and all(p.index is not None and p.index.codes is not None for p in nets) and all(isinstance(p, (Transformer, Covisit, Popular)) for p in self.parts)
 
     @cached_property
     def place(self) -> np.ndarray:
@@ -226,7 +226,7 @@ def fit(
     return usual(nets, near, weight=weight, floor=floor, heard=heard, echo=echo)
 
 # %% ../../nbs/500_models/560_blend.ipynb #ef41ecbb
-LOADERS: dict[str, Callable[[Path, Vocab], Model]] = {"popular": popular.load, "covisit": covisit.load, "sequential": sequential.load}
+LOADERS: dict[str, Callable[[Path, Vocab], Model]] = {"popular": popular.load, "covisit": covisit.load, "sequential": transformer.load}
 
 
 def load(folder: str | Path, vocab: Vocab) -> Blend:

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import polars as pl
 
-from . import blend, popular, sequential
+from . import blend, popular
 from .contract import Model
 from .recipes import COUNTING, Recipe, candidates, fit, network, whole
+from .transformer import Transformer
 from ..prep.sequences import Sequences
 from ..prep.vocab import Vocab
 from ..training.evaluate import Evaluation, evaluate
@@ -142,7 +143,7 @@ class _Judging:
 
 
 @dataclass(frozen=True, eq=False)
-class _Remembering(sequential.Sequential):
+class _Remembering(Transformer):
     "A network that works out the states of histories once, however often it is judged on them."
 
     found: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)

@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import polars as pl
 
 from .. import __version__
-from . import blend, covisit, popular, ranker as ranking, sequential
+from . import blend, covisit, popular, ranker as ranking, transformer
 from .manifest import BundleError, Manifest, verify, write
 from .contract import Model
 from .ranker import Ranker, RankerError
@@ -24,7 +24,7 @@ from ..schema import ITEM_ID, ITEMS
 
 # %% ../../nbs/500_models/580_release.ipynb #144cd9fd
 # of what serving may import: no loader needs torch
-LOADERS: dict[str, Callable[[Path, Vocab], Model]] = {"popular": popular.load, "covisit": covisit.load, "sequential": sequential.load, "blend": blend.load}
+LOADERS: dict[str, Callable[[Path, Vocab], Model]] = {"popular": popular.load, "covisit": covisit.load, "sequential": transformer.load, "blend": blend.load}
 REQUIRED = ("created", "data", "metrics", "settings")  # of `about`
 RANKER = "ranker"  # its folder, where there is one
 
