@@ -61,7 +61,7 @@ SOME = 4  # requests before another one, from which on they tell how long it wil
 
 
 class Pressure:
-    "What one worker takes on. `target`: seconds that a request may wait for its turn, half of them where many are turned away; `most`: requests under way at once."
+    "What one worker takes on. `target`: seconds that a request may wait for its turn, half of them where many of a crowd are turned away; `most`: requests under way at once."
 
     def __init__(self, *, target: float, most: int):
         self.target, self.most, self.under_way = target, most, 0
@@ -69,6 +69,7 @@ class Pressure:
         self._calm = self._late_at = -INTERVAL  # when one had begun in time, or would have; and when one would not have
         self._stands = False  # the queue
         self._away = 0.0  # the share of those that come that are turned away at the gate, lately
+        self.clients = 0  # connections that are open
 
     def comes(self, *, now: float) -> int:
         "A request has come, and will begin in its turn; how many are before it."
@@ -84,7 +85,8 @@ class Pressure:
 
     def full(self, *, now: float) -> str | None:
         "`too_much` of a request that comes now, by what is before it: to turn it away costs least before anything is made of it."
-        why = self.too_much(self.queued * self._pace, now=now, may=self.target * max(1 - self._away, 0.5) if self._stands else None) if self.queued >= SOME else None
+        crowd = self._stands and self.clients * self._pace > 2 * self.target
+        why = self.too_much(self.queued * self._pace, now=now, may=self.target * max(1 - self._away, 0.5) if crowd else None) if self.queued >= SOME else None
         self._away += ((why is not None) - self._away) / LATELY
         return why
 

@@ -72,6 +72,11 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.heard = time.perf_counter()
+        if self.pressure is not None: self.pressure.clients += 1
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.pressure is not None: self.pressure.clients -= 1
 
     @property
     def answering(self) -> bool: return self.cycle is not None and not self.cycle.response_complete
