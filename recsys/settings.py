@@ -97,6 +97,7 @@ class Ranker:
     objective: Literal["view", "cart", "purchase", "revenue"]
     attribution_hours: Annotated[float, Meta(gt=0)]
     least: Count
+    tolerance: Annotated[float, Meta(ge=0, lt=1)]
 
 # %% ../nbs/000_core/020_settings.ipynb #0581fddf
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Home:
         loop.run("full", 0, PLAN, folder)
     home = Home.open(folder / "full-0")
     shutil.rmtree(home.registry)  # the watch has champions of its own; the shop of this test has none yet
-    (home.path / "settings.ini").write_text("[features]\nservice = ranker_v1\n[policy]\nexplore = 0.3\n[ranker]\nleast = 20\n[gate]\ntolerance = 0.5\n")
+    (home.path / "settings.ini").write_text("[features]\nservice = ranker_v1\n[policy]\nexplore = 0.3\n[ranker]\nleast = 20\ntolerance = 0.5\n")
     return home
 
 

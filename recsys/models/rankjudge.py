@@ -20,7 +20,7 @@ from .rankinputs import Facts
 from ..prep.vocab import Vocab
 from ..schema import PRICE, PROPENSITY, RECOMMENDATION_ID, TS, USER_ID
 from ..training.feedback import DID, Feedback
-from ..training.judging import calibration_error, drawn_beside, reliability, reordered
+from ..training.judging import calibration_error, drawn_beside, reliability, reordered, surely_less
 from ..training.metrics import Interval, paired_bootstrap
 
 # %% ../../nbs/500_models/578_rankjudge.ipynb #c82a0a94
@@ -80,10 +80,10 @@ def judge(
     shape: "Shape | None" = None,
     least: int = 50,  # lists with something that was wanted; fewer decide nothing
     confidence: float = 0.95,  # that it is not worse than retrieval: of the lower end of the gain
-    tolerance: float = 0.002,  # loss, as a part, that is taken for noise
+    tolerance: float = 0.0,  # loss of a first ranker, as a part, that is taken for noise: none, so that it must gain for sure
     reigning: bool = False,  # shoppers have a ranker already: it chose the lists, and stays while what was drawn may be for it
 ) -> Judged:
-    """Fit and ask, part by part. A first ranker is let through where it gains on the mean, does not lose more than `tolerance` for sure, and what was drawn does not speak against it; or where visits
+    """Fit and ask, part by part. A first ranker is let through where it gains on the mean, surely does not lose more than `tolerance`, and what was drawn does not speak against it; or where visits
     are surely for it, and nothing that was shown is surely against it."""
     how: dict[str, Any] = {"seed": seed, "objective": objective, "shape": shape}
     facts = Facts.of(items)
@@ -157,17 +157,17 @@ def decided(parts: Sequence[_Answered], visits: Sequence[_Answered] = (), *, lea
         return Interval(*(float(x) / float(theirs.mean()) for x in (found.mean, found.low, found.high)))
     walked = gained([p.by_list for p in visits], [p.whose for p in visits], VETO)
     gain = gained([p.by_list for p in parts], [p.whose for p in parts]) if wanted >= least else None
-    surely = gained([p.by_pair for p in parts], [p.whose_pair for p in parts], VETO) if gain else None
-    drawn = surely if reigning or surely is None else gained([p.by_pair for p in parts], [p.whose_pair for p in parts])
+    sure = VETO if reigning else confidence  # who reigns is asked each night
+    pairs = gained([p.by_pair for p in parts], [p.whose_pair for p in parts], sure) if gain else None
+    against = pairs is not None and surely_less(*(np.concatenate([p.by_pair[n] for p in parts]) for n in range(2)), groups=np.concatenate([p.whose_pair for p in parts]), seed=seed, confidence=sure)
     # only what was drawn tells orders apart where no place is looked at more than another, and where a ranker chose the lists: what retrieval ranks low is in them by the ranker's word alone, so that within them retrieval looks the wiser of the two
     level = gain is not None and gain.low == gain.high == 0
-    told = (drawn or walked or gain) if reigning else drawn if drawn and level else gain
-    promote = told is not None and (told.high > 0 if reigning else told.mean > 0 and told.low > -tolerance)
-    promote |= not reigning and walked is not None and walked.low > 0 and (gain is None or gain.high >= 0)
-    promote &= surely is None or surely.high >= 0
+    if reigning: promote = pairs is not None or ((told := walked or gain) is not None and told.high > 0)
+    else: promote = ((told := pairs if pairs and level else gain) is not None and told.mean > 0 and told.low > -tolerance) or (walked is not None and walked.low > 0 and (gain is None or gain.high >= 0))
+    promote &= not against
     brought = {name: float(np.concatenate([p.by_list[n] for p in parts]).mean()) for n, name in enumerate(("ranker", "retrieval"))} if gain else {}
     lists = sum(len(p.by_list[0]) for p in parts)
-    return Judged(lists, wanted, brought, gain, drawn, walked, errors, reliability(said[:, 0], happened[:, 0]).to_dicts(), promote, _why(parts, visits, gain, drawn, walked, least) + ("" if promote else ", which may be nothing"))
+    return Judged(lists, wanted, brought, gain, pairs, walked, errors, reliability(said[:, 0], happened[:, 0]).to_dicts(), promote, _why(parts, visits, gain, pairs, walked, least) + ("" if promote else ", which may be nothing"))
 
 
 def _why(parts: Sequence[_Answered], visits: Sequence[_Answered], gain: Interval | None, drawn: Interval | None, walked: Interval | None, least: int) -> str:
