@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,7 +18,7 @@ from recsys.models.release import described
 from recsys.ops.organic import engine_of, organic, visits
 from recsys.prep.clean import clean, interactions, latest_items
 from recsys.prep.vocab import Vocab
-from recsys.schema import EVENT_ID, EVENTS, ITEM_ID, KNOWN_TS, RECOMMENDATION_ID, SEQ, TS, TYPE, USER_ID
+from recsys.schema import EVENT_ID, EVENTS, FEATURES, IMPRESSIONS, ITEM_ID, KNOWN_TS, RECOMMENDATION_ID, SEQ, SLOTS, TS, TYPE, USER_ID
 from recsys.serving.wire import RecommendationRequest
 from recsys.simulator import Size, World
 from recsys.synth import DAY, MINUTE, T0
@@ -34,7 +35,7 @@ def test_what_a_list_led_to_is_not_a_visits_own():
     log = pl.DataFrame([did(1, "ann", 10, "lamp"), did(2, "ann", 12, "pot", list="r1"), did(3, "ann", 14, "pot", "purchase"), did(4, "ann", 15, "lamp", "cart"),  # one visit
                         did(5, "ann", 80, "rake"), did(6, "bob", 11, "pot", list="r2"), did(7, "cyd", 5, "mug"), did(8, "cyd", 200, "mug")], schema=EVENTS)
     came = visits(log.lazy(), start=T0 + 6 * MINUTE, end=T0 + 100 * MINUTE)
-    assert came.rows() == [("ann", T0 + 10 * MINUTE - 1, ["lamp", "pot"], [1, 2], [False, True]), ("ann", T0 + 80 * MINUTE - 1, ["rake"], [0], [False])]  # bob had nothing of his own, cyd came before and after
+    assert came.rows() == [("ann", T0 + 10 * MINUTE - 1, T0 + 10 * MINUTE, ["lamp", "pot"], [1, 2], [False, True]), ("ann", T0 + 80 * MINUTE - 1, T0 + 80 * MINUTE, ["rake"], [0], [False])]  # bob had nothing of his own, cyd came before and after
     assert visits(log.lazy(), start=T0, end=T0 + DAY, most=1)["items"].to_list() == [["mug"]]  # the latest
     assert visits(log.lazy(), start=T0, end=T0 + DAY, gap_ms=2 * DAY).height == 2
 
@@ -51,7 +52,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lake, Lake, pl.DataF
     return lake, tables, latest_items(lake.scan("items")).collect()
 
 
-def walked(shop: tuple[Lake, Lake, pl.DataFrame], **more: int) -> Feedback:
+def walked(shop: tuple[Lake, Lake, pl.DataFrame], **more: Any) -> Feedback:
     lake, tables, items = shop
     events = clean(lake.scan("events"), asof=END)
     models = recipes.fit(Recipe("covisit"), interactions(events).filter(pl.col(TS) < START).collect(), asof=START, vocab=Vocab.build(items[ITEM_ID]))
@@ -75,6 +76,21 @@ def test_what_is_known_of_a_visit_was_known_before_it(shop: tuple[Lake, Lake, pl
             # a row holds until the next event of its key: what has left the window since is in it still
             assert served >= of.height and served <= log.filter(pl.col(TS).is_between(at - 60 * DAY, at), pl.col(ITEM_ID if name[0] == "i" else USER_ID) == (item if name[0] == "i" else user)).height, (name, n)
     for part in slots.partition_by(RECOMMENDATION_ID): assert part["viewed"].any() and part[TS].n_unique() == 1 and part["place"].is_sorted()
+
+
+def test_what_a_visit_was_offered_is_no_candidate_and_what_was_shown_before_it_is_known(shop: tuple[Lake, Lake, pl.DataFrame]):
+    plain = walked(shop)
+    first = plain.slots[RECOMMENDATION_ID][0]
+    visit = plain.slots.filter(pl.col(RECOMMENDATION_ID) == first)
+    user, ts, left = visit[USER_ID][0], visit[TS][0], visit.filter(~pl.col("viewed"))[ITEM_ID].to_list()
+    def shown(id: str, at: int, items: list[str], to: str = user) -> dict[str, Any]: return {RECOMMENDATION_ID: id, USER_ID: to, TS: at, SLOTS: [{ITEM_ID: item} for item in items], FEATURES: "{}"}
+    lists = pl.DataFrame([shown("long-before", ts - 2 * DAY, left[:3]), shown("just-before", ts - 10 * MINUTE, left[3:5]), shown("another's", ts - MINUTE, left[5:6], "somebody"), shown("afterwards", ts + 3 * DAY, left[6:7])], schema_overrides={SLOTS: IMPRESSIONS[SLOTS]})
+    found = walked(shop, impressions=lists.lazy())
+    assert found.slots.filter(pl.col(RECOMMENDATION_ID) == first)[ITEM_ID].to_list() == [i for i in visit[ITEM_ID].to_list() if i not in left[3:5]]
+    assert found.shown.filter(pl.col(RECOMMENDATION_ID) == first).select("items", "times").rows() == [(left[:5], [ts - 2 * DAY] * 3 + [ts - 10 * MINUTE] * 2)]
+    opened = visit.filter(pl.col("viewed"))[ITEM_ID].to_list()
+    taken = walked(shop, impressions=pl.DataFrame([shown("just-before", ts - MINUTE, opened)], schema_overrides={SLOTS: IMPRESSIONS[SLOTS]}).lazy())
+    assert first not in taken.slots[RECOMMENDATION_ID]  # what it opened is the list's
 
 
 def test_a_visit_counts_once_it_began_and_the_latest_stay(shop: tuple[Lake, Lake, pl.DataFrame]):

@@ -69,7 +69,7 @@ class Plan:
     items: int = 2000
     before: int = 60  # days of history without recommendations
     days: int = 8  # watched
-    explore: float = 0.05  # of `full`, which learns from it; the others pay nothing for it
+    explore: float = 0.02  # of `full`, which learns from it; the others pay nothing for it
     refresh_hours: int = 3  # between two looks of the writer and the online features; items' features come twice a day
 
     @property

@@ -60,6 +60,8 @@ class Found(Protocol):
     def source(self) -> np.ndarray: ...  # an index into `names`
     @property
     def names(self) -> Sequence[str]: ...
+    @property
+    def alike(self) -> np.ndarray | None: ...  # float [C], see `rankinputs.Likeness`
 
 
 class Rows(Protocol):
@@ -104,7 +106,7 @@ class Ranker:
         number = {name: n for n, name in enumerate(self.scales.sources)}
         source = np.array([number.get(name, -1) for name in candidates.names], np.int64)[candidates.source]
         place = np.arange(1, len(candidates.items) + 1)
-        return self.scales.scaled(raw_inputs(values, matched, place, candidates.scores, source, self.scales.sources, self.scales.strength))
+        return self.scales.scaled(raw_inputs(values, matched, place, candidates.scores, source, candidates.alike, self.scales.sources, self.scales.strength))
 
     def _read(self, rows: Rows) -> np.ndarray:
         if tuple(rows.names) == self.scales.features: return rows.values

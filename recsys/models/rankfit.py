@@ -65,7 +65,7 @@ def examples(feedback: Feedback, facts: Facts, vocab: Vocab, like: Scales | None
     score = s["retrieval"].fill_null(0.0).to_numpy()
     sources, strength = (like.sources, dict(like.strength)) if like else (tuple(s[SOURCE].drop_nulls().unique().sort()), strengths(score, s[SOURCE].fill_null("").to_list()))
     source = s[SOURCE].replace_strict(dict(zip(sources, range(len(sources)), strict=True)), default=-1, return_dtype=pl.Int64).fill_null(-1).to_numpy() if sources else np.full(len(s), -1)
-    raw = raw_inputs(feedback.values, matched, s["place"].to_numpy(), score, source, sources, strength)
+    raw = raw_inputs(feedback.values, matched, s["place"].to_numpy(), score, source, s["alike"].to_numpy() if "alike" in s.columns else None, sources, strength)
     return Examples(raw, vocab.encode(s[ITEM_ID]).astype(np.int64), s[RANK].to_numpy().astype(np.int64), s.select(DID).to_numpy(), s[RECOMMENDATION_ID].rle_id().to_numpy().astype(np.int64), sources, strength)
 
 # %% ../../nbs/500_models/577_rankfit.ipynb #6a6bf9a2

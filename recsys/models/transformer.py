@@ -89,6 +89,11 @@ class Transformer:
         known[0] = False
         return known
 
+    @property
+    def vectors(self) -> np.ndarray:
+        "float32 [n, D] of the items: what states are compared with."
+        return self.forward.compared
+
     def states(self, histories: Sequences, sides: Sequence[np.ndarray] = (), *, tokens: int = 2000) -> np.ndarray:
         "float32 [Q, D]; zeros where a history holds no known item. Sides: a code for each of the histories' values, see `codes`."
         out, at = np.zeros((len(histories), self.forward.compared.shape[1]), np.float32), read(histories, repeats=self.repeats, known=self.offered)

@@ -8,6 +8,7 @@ __all__ = ['visits', 'engine_of', 'organic']
 # %% ../../nbs/700_ops/715_organic.ipynb #a7150002
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -17,13 +18,13 @@ from ..features.offline import training_frame
 from ..models.contract import Model
 from ..models.release import write_bundle
 from ..prep.sessions import SESSION, sessions
-from ..schema import CATEGORY, EVENT_ID, ITEM_ID, POSITIVE_TYPES, PRICE, RANK, RECOMMENDATION_ID, SOURCE, TS, TYPE, USER_ID
+from ..schema import CATEGORY, EVENT_ID, ITEM_ID, POSITIVE_TYPES, PRICE, RANK, RECOMMENDATION_ID, SLOTS, SOURCE, TS, TYPE, USER_ID
 from ..serving.arrange import How
 from ..serving.engine import Engine
 from ..serving.question import Past, question
 from ..serving.sources import retrieve
 from ..serving.wire import RecommendationRequest
-from ..training.feedback import ACTIONS, DID, Feedback
+from ..training.feedback import ACTIONS, DID, Feedback, shown_before
 
 # %% ../../nbs/700_ops/715_organic.ipynb #a7150006
 def visits(
@@ -33,12 +34,12 @@ def visits(
     end: int,
     gap_ms: int = 30 * 60_000,  # a longer pause ends a visit
     most: int = 2000,  # the latest
-) -> pl.DataFrame:  # user_id, ts (ms, the moment before the first thing was opened), and of each item: `items`, `steps` (how far it went: a place in ACTIONS), `led` (a list led there); in order of time
+) -> pl.DataFrame:  # user_id, ts (ms, the moment before the first thing was opened), until (ms, when the last one was that no list led to), and of each item: `items`, `steps` (how far it went: a place in ACTIONS), `led` (a list led there); in order of time
     "Visits in which something was opened without a list."
     step = pl.col(TYPE).replace_strict({a: n for n, a in enumerate(ACTIONS)}, return_dtype=pl.Int8)
     acts = sessions(events.filter(pl.col(TYPE).is_in(list(ACTIONS)), pl.col(ITEM_ID).is_not_null(), pl.col(USER_ID).is_not_null()), gap_ms=gap_ms)
     each = acts.group_by(USER_ID, SESSION, ITEM_ID).agg(pl.col(TS).min(), step.max().alias("steps"), pl.col(RECOMMENDATION_ID).is_not_null().any().alias("led"))
-    came = each.sort(TS, ITEM_ID).group_by(USER_ID, SESSION, maintain_order=True).agg(pl.col(TS).first() - 1, pl.col(ITEM_ID).alias("items"), "steps", "led")
+    came = each.sort(TS, ITEM_ID).group_by(USER_ID, SESSION, maintain_order=True).agg(pl.col(TS).first() - 1, pl.col(TS).filter(~pl.col("led")).max().alias("until"), pl.col(ITEM_ID).alias("items"), "steps", "led")
     return came.filter(pl.col(TS).is_between(start, end, closed="left"), ~pl.col("led").list.all()).sort(TS, USER_ID).drop(SESSION).tail(most).collect()
 
 # %% ../../nbs/700_ops/715_organic.ipynb #a7150009
@@ -66,6 +67,14 @@ def _pasts(came: pl.DataFrame, events: pl.LazyFrame, most: int) -> pl.DataFrame:
     found = mine.group_by("number", maintain_order=True).agg(pl.col(ITEM_ID).alias("items"), pl.col(TYPE).alias("types"), pl.col(TS).alias("times")).cast(_BEFORE).collect()  # type: ignore[arg-type]
     return asked.select("number").join(found, on="number", how="left", maintain_order="left").with_columns(pl.col(name).fill_null([]) for name in ("items", "types", "times"))
 
+
+def _offered(came: pl.DataFrame, impressions: pl.LazyFrame, gap_ms: int) -> list[list[str]]:
+    "What lists had offered in each visit, until the last thing that was opened without one."
+    asked = came.lazy().select(USER_ID, pl.col(TS).alias("from"), "until").with_row_index("number")
+    lists = impressions.filter(pl.col(USER_ID).is_not_null()).select(USER_ID, TS, pl.col(SLOTS).list.eval(pl.element().struct.field(ITEM_ID)).alias("offered"))
+    found = asked.join(lists, on=USER_ID).filter(pl.col(TS).is_between(pl.col("from") - gap_ms, pl.col("until"))).explode("offered").group_by("number").agg(pl.col("offered").unique())
+    return asked.select("number").join(found, on="number", how="left", maintain_order="left").with_columns(pl.col("offered").fill_null([])).collect()["offered"].to_list()
+
 # %% ../../nbs/700_ops/715_organic.ipynb #a715000b
 def organic(
     engine: Engine,  # of models that learned nothing at or after `start`
@@ -74,6 +83,7 @@ def organic(
     *,
     start: int,  # ms: visits that begin in [start, end)
     end: int,
+    impressions: pl.LazyFrame | None = None,  # lake.impressions; default: nothing was shown
     service: Service = RANKER_V1,
     gap_ms: int = 30 * 60_000,
     most: int = 2000,  # visits, the latest; each has some two hundred candidates
@@ -83,35 +93,36 @@ def organic(
     no candidate from another."""
     if engine.asof > start: raise ValueError(f"the engine learned until {engine.asof}, and visits from {start} on are asked about: it would know the answers; give one that was fitted before")
     came = visits(events, start=start, end=end, gap_ms=gap_ms, most=most)
-    pasts = _pasts(came, events, history)
-    lists = [found for row, past in zip(came.iter_rows(), pasts.iter_rows(), strict=True) if (found := _listed(engine, row, past)) is not None]
-    slots = pl.concat([pl.DataFrame(schema=_SLOTS), *lists])
+    pasts, names = _pasts(came, events, history), [f"visit-{start}-{n}" for n in range(len(came))]
+    offered = _offered(came, impressions, gap_ms) if impressions is not None else [[] for _ in names]
+    lists = [_listed(engine, name, row, past, left) for name, row, past, left in zip(names, came.iter_rows(), pasts.iter_rows(), offered, strict=True)]
+    slots = pl.concat([pl.DataFrame(schema=_SLOTS), *(found for found in lists if found is not None)])
     asked = slots.select(USER_ID, ITEM_ID, TS, CATEGORY)
     values = training_frame(asked, service, scan=scan, ages=False).select(pl.col(service.inputs).cast(pl.Float32)).to_numpy() if len(asked) else np.empty((0, len(service.inputs)), np.float32)
     liked = pl.col("types").list.eval(pl.element().is_in(list(POSITIVE_TYPES)))
-    met = pasts.select(_name(pl.col("number")).alias(RECOMMENDATION_ID), *(pl.col(name).list.gather(liked.list.eval(pl.element().arg_true())) for name in ("items", "types", "times")))
-    return Feedback(slots.drop(CATEGORY), values, service.inputs, service.name, met.join(slots, on=RECOMMENDATION_ID, how="semi", maintain_order="left"), end)
+    met = pasts.select(pl.Series(RECOMMENDATION_ID, names, pl.String), *(pl.col(name).list.gather(liked.list.eval(pl.element().arg_true())) for name in ("items", "types", "times")))
+    met = met.join(slots, on=RECOMMENDATION_ID, how="semi", maintain_order="left")
+    out = Feedback(slots.drop(CATEGORY), values, service.inputs, service.name, met, end)
+    return out if impressions is None else replace(out, shown=shown_before(impressions, slots.select(RECOMMENDATION_ID, USER_ID, TS).unique(RECOMMENDATION_ID, keep="first", maintain_order=True)))
 
 # %% ../../nbs/700_ops/715_organic.ipynb #a715000c
-_SLOTS = {RECOMMENDATION_ID: pl.String(), USER_ID: pl.String(), TS: pl.Int64(), ITEM_ID: pl.String(), RANK: pl.Int32(), "place": pl.Int32(), "retrieval": pl.Float64(), SOURCE: pl.String(),
+_SLOTS = {RECOMMENDATION_ID: pl.String(), USER_ID: pl.String(), TS: pl.Int64(), ITEM_ID: pl.String(), RANK: pl.Int32(), "place": pl.Int32(), "retrieval": pl.Float64(), "alike": pl.Float64(), SOURCE: pl.String(),
           PRICE: pl.Float64(), CATEGORY: pl.String(), "known": pl.Boolean(), **dict.fromkeys(DID, pl.Boolean())}
 
 
-def _name(number: pl.Expr) -> pl.Expr: return pl.lit("visit-") + number.cast(pl.String)
-
-
-def _listed(engine: Engine, visit: tuple, past: tuple) -> pl.DataFrame | None:
+def _listed(engine: Engine, name: str, visit: tuple, past: tuple, offered: Sequence[str]) -> pl.DataFrame | None:
     "`_SLOTS` of one visit; None where it opened no candidate."
-    (user, ts, opened, steps, led), (number, items, types, times), catalogue = visit, past, engine.catalogue
+    (user, ts, _, opened, steps, led), (_, items, types, times), catalogue = visit, past, engine.catalogue
     query = question(catalogue, engine.how, RecommendationRequest(), Past.of(catalogue, engine.how, items, types, times), now=ts, most=engine.how.candidates, beside=engine.how.beside)
-    found = retrieve(query, engine.sources)
+    found = engine.compared(query, retrieve(query, engine.sources))
     numbers = catalogue.encode(opened)
     reached = np.full(len(catalogue), -1)
     reached[numbers] = np.where(led, -2, steps)
+    reached[catalogue.encode(offered)] = -2
     kept = np.flatnonzero(reached[found.items] > -2)
     items_, step = found.items[kept], reached[found.items[kept]]
     if not (step >= 0).any(): return None
     return pl.DataFrame({
-        RECOMMENDATION_ID: f"visit-{number}", USER_ID: user, TS: ts, ITEM_ID: catalogue.ids(items_.tolist()), RANK: np.ones(len(kept), np.int32), "place": (kept + 1).astype(np.int32),
-        "retrieval": found.scores[kept].astype(float), SOURCE: [found.names[s] for s in found.source[kept]], PRICE: [None if price != price else price for price in catalogue.price[items_].tolist()],
+        RECOMMENDATION_ID: name, USER_ID: user, TS: ts, ITEM_ID: catalogue.ids(items_.tolist()), RANK: np.ones(len(kept), np.int32), "place": (kept + 1).astype(np.int32),
+        "retrieval": found.scores[kept].astype(float), "alike": found.alike[kept].astype(float) if found.alike is not None else None, SOURCE: [found.names[s] for s in found.source[kept]], PRICE: [None if price != price else price for price in catalogue.price[items_].tolist()],
         CATEGORY: [catalogue.paths[c] or None for c in catalogue.category[items_]], "known": True, **{name: step >= n for n, name in enumerate(DID)}}, schema=_SLOTS)

@@ -20,6 +20,7 @@ from ..lake.eventlog import History
 from ..models import release
 from ..models.manifest import BundleError
 from ..models.contract import Model
+from ..models.rankinputs import Likeness
 from ..schema import CART, EVENT_TYPES, ITEM_ID, PURCHASE, RATING, VIEW
 from .arrange import PINNED, How, arrange, explore
 from .catalogue import Catalogue, changed
@@ -74,7 +75,7 @@ class Slate:
     policy: str = ""  # in words, for the impression
     rows: FeatureRows | None = None  # features that were read for it
     before: tuple[int, int] | None = None  # what the ranker knew was shown, see `Before.read`; None where it was not asked
-    retrieved: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # place (from 1) and score by retrieval of what is shown; empty where the slots are in that very order
+    retrieved: Mapping[str, tuple[int, float] | tuple[int, float, float]] = field(default_factory=dict)  # place (from 1) and score by retrieval of what is shown, and how alike it was where a ranker asked; empty where the slots are in that very order, and nobody did
 
     def without_features(self) -> "Slate":
         "The same, made without the features of the shopper that were promised; a lower rung stays what it is."
@@ -145,6 +146,7 @@ class Engine:
     lists: Lists = field(default_factory=Lists)
     mark: Mark = Mark()  # up to where its catalogue had the event log's changes
     without: str | None = None  # why the bundle's ranker is not used
+    likeness: Likeness | None = None  # by the bundle's network; None where it has none
     _itself: object = field(default_factory=object, init=False, repr=False)  # no two engines have the same
 
     @classmethod
@@ -156,8 +158,10 @@ class Engine:
             raise BundleError(f"{path}: its last model is {models[-1].name}, but the floor must be popular; train again")
         about, data = found.manifest.about, found.manifest.about.get("data") or {}
         counts = getattr(models[-1], "counts", np.ones(len(found.vocab)))
-        engine = cls(found.id, data.get("asof") or about["created"], str(data.get("items_version") or found.id), models, Catalogue.of(found.items, found.vocab), how,
-                     ranker=None if without else found.ranker, content=Content.of(found.items, unproven(found.items, counts, asof=data.get("asof") or about["created"])), mark=Mark.of(about), without=without)
+        catalogue, net = Catalogue.of(found.items, found.vocab), next((m for m in (models[0], *getattr(models[0], "parts", ())) if hasattr(m, "vectors")), None)
+        engine = cls(found.id, data.get("asof") or about["created"], str(data.get("items_version") or found.id), models, catalogue, how,
+                     ranker=None if without else found.ranker, content=Content.of(found.items, unproven(found.items, counts, asof=data.get("asof") or about["created"])), mark=Mark.of(about), without=without,
+                     likeness=Likeness.of(net.vectors, catalogue.category) if net is not None else None)
         if without: logger("recsys.engine").error("ranker refused", bundle=found.id, why=without)
         tried = engine.recommend(RecommendationRequest(items=found.vocab.ids.head(3).to_list()), None, now=about["created"])
         if tried.tier != engine.best: raise BundleError(f"{path}: it fails on a first question; see the log, and train again")
@@ -251,6 +255,7 @@ class Engine:
         if query.now != now: query = replace(query, now=now)
         if before is not None: query = replace(query, shown=before.items, shown_at=before.times)
         if found is None: tier, age, found = self._without_models(query)
+        if asked.found is not None and self.ranker is not None: found = self.compared(query, found)
         as_found, drawn = found, self.how.explore > 0
         if asked.found is not None and self.ranker is not None:
             found, fallen, rows = self._ranked(query, found, features)
@@ -261,6 +266,10 @@ class Engine:
         if asked.found is not None and len(query.items): self.lists.keep(self.catalogue.ids(query.items[-1:].tolist())[0], [s.item_id for s in slots], now)
         if asked.found is not None and not drawn and not age: asked.plain[tier] = slate
         return slate
+
+    def compared(self, asked: Query, found: Candidates) -> Candidates:
+        "With how alike each is to what the shopper met: what a ranker reads."
+        return found if self.likeness is None else replace(found, alike=self.likeness.to(asked.items, asked.times, found.items, now=asked.now))
 
     def _ranked(self, asked: Query, found: Candidates, features: Features | None) -> tuple[Candidates, str, FeatureRows | None]:
         "In the ranker's order, the rung, and the features that were read."
@@ -293,9 +302,10 @@ class Engine:
 
 
 # %% ../../nbs/600_serving/620_engine.ipynb #75267bed
-def _retrieved(found: Candidates, shown: Candidates, slots: Sequence[Slot]) -> dict[str, tuple[int, float]]:
-    "For each slot that retrieval proposed, its place there and its score; nothing where the slots are its first ones."
-    if not len(found) or np.array_equal(found.items[:len(shown)], shown.items) and np.array_equal(found.scores[:len(shown)], shown.scores): return {}
+def _retrieved(found: Candidates, shown: Candidates, slots: Sequence[Slot]) -> dict[str, tuple[int, float] | tuple[int, float, float]]:
+    "For each slot that retrieval proposed, its place there, its score, and how alike it was; nothing where the slots are its first ones, and likeness was not asked."
+    if not len(found) or found.alike is None and np.array_equal(found.items[:len(shown)], shown.items) and np.array_equal(found.scores[:len(shown)], shown.scores): return {}
     same = found.items == shown.items[:, None]
     at = same.argmax(1)
-    return {s.item_id: (n + 1, float(f"{score:.7g}")) for s, n, score, there in zip(slots, at.tolist(), found.scores[at].tolist(), same.any(1).tolist(), strict=True) if there}
+    more = [()] * len(at) if found.alike is None else [(float(f"{a:.7g}"),) for a in found.alike[at].tolist()]
+    return {s.item_id: (n + 1, float(f"{score:.7g}"), *near) for s, n, score, near, there in zip(slots, at.tolist(), found.scores[at].tolist(), more, same.any(1).tolist(), strict=True) if there}

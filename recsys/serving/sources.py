@@ -73,13 +73,14 @@ class Candidates:
     source: np.ndarray  # int8 [C], an index into `names`
     because: np.ndarray  # int32 [C], the item of the query that speaks for each; 0: none
     names: tuple[str, ...]
+    alike: np.ndarray | None = None  # float32 [C], to what the shopper met, see `rankinputs.Likeness`; None where nobody asks
 
     def __len__(self) -> int: return len(self.items)
 
     def take(self, at: np.ndarray | Sequence[int], scores: np.ndarray | None = None) -> "Candidates":
         "Those at these places, in this order; with other scores where given, [C] before taking."
         at = np.asarray(at, np.intp)
-        return Candidates(self.items[at], (self.scores if scores is None else scores)[at], self.source[at], self.because[at], self.names)
+        return Candidates(self.items[at], (self.scores if scores is None else scores)[at], self.source[at], self.because[at], self.names, self.alike[at] if self.alike is not None else None)
 
     @classmethod
     def of(cls, name: str, items: np.ndarray, scores: np.ndarray, because: np.ndarray | None = None) -> "Candidates":

@@ -77,13 +77,17 @@ def histories(
 SHOWN = {RECOMMENDATION_ID: pl.String(), "items": pl.List(pl.String()), "times": pl.List(pl.Int64())}
 
 
-def shown_before(impressions: pl.LazyFrame) -> pl.DataFrame:
-    "`SHOWN`: what was in the shopper's latest lists before each list, and a time (ms) for each item; the lists that were read then, where the list says which."
+def shown_before(
+    impressions: pl.LazyFrame,
+    moments: pl.DataFrame | None = None,  # recommendation_id, user_id, ts; default: of the lists themselves
+) -> pl.DataFrame:
+    "`SHOWN`: what was in the shopper's latest lists before each list or moment, and a time (ms) for each item; the lists that were read then, where the list says which."
     said = [pl.col(FEATURES).str.json_path_match(f"$.shown[{n}]").cast(pl.Int64) for n in (0, 1)]  # how many, and when the last of them was made
     made = impressions.filter(pl.col(USER_ID).is_not_null(), pl.col(SLOTS).list.len() > 0).sort(TS, RECOMMENDATION_ID).unique(RECOMMENDATION_ID, keep="first", maintain_order=True)
     made = made.with_columns(pl.int_range(pl.len()).over(USER_ID).alias("n")).sort(TS, "n").collect().lazy()
     earlier = made.select(USER_ID, TS, "n", pl.col(SLOTS).list.eval(pl.element().struct.field(ITEM_ID)).alias("items"))
     asked = made.select(RECOMMENDATION_ID, USER_ID, pl.col(TS).alias("at"), said[0].fill_null(LISTS).alias("read"), said[1].fill_null(pl.col(TS)).alias("until"), (pl.col("n") - 1).alias("before"))
+    if moments is not None: asked = moments.lazy().select(RECOMMENDATION_ID, USER_ID, pl.col(TS).alias("at"), pl.lit(LISTS, pl.Int64).alias("read"), pl.col(TS).alias("until"), pl.lit(None, pl.Int64).alias("before"))
     asked = asked.sort("until").join_asof(earlier.select(USER_ID, TS, "n"), left_on="until", right_on=TS, by=USER_ID, strategy="backward", check_sortedness=False)
     asked = asked.with_columns(pl.min_horizontal(pl.col("n").fill_null(-1), "before").alias("last")).collect().lazy()  # once, not for each of those below
     each = pl.concat([asked.filter(pl.col("read") > b).select(RECOMMENDATION_ID, USER_ID, "at", (pl.col("last") - b).alias("n")) for b in range(LISTS)])
@@ -148,32 +152,33 @@ def gather(
     history: int = 200,
 ) -> Feedback:
     """The slots of all lists: `schema.SLOT` with `recommendation_id`, `user_id`, `user_seq`, `ts`, `surface`, `policy`, `tier`, `bundle`; `place` and `retrieval`, the place and
-    score of retrieval, before anything was ranked; `known`, whether features were logged; and `viewed`, `carted`, `purchased`."""
+    score of retrieval, before anything was ranked; `alike`, as the ranker was told; `known`, whether features were logged; and `viewed`, `carted`, `purchased`."""
     impressions = impressions.filter(pl.col(FEATURES).str.json_path_match("$.list").is_null())  # a list for nobody, such as what is like an item, is not ranked
     past, lists = clean(events, asof=asof), impressions.filter(pl.col(TS) < asof - settle_ms)
     done = attributed(slots(impressions.filter(pl.col(TS) < asof)), past, window_ms=window_ms)  # a list that is too young still takes what is its own
     shown = slots(lists)
     kept = {id: text for id, text in lists.unique(RECOMMENDATION_ID, keep="first").select(RECOMMENDATION_ID, FEATURES).collect().iter_rows()}
-    values, known, place, retrieval = _values(shown, kept, service)
+    values, known, place, retrieval, alike = _values(shown, kept, service)
     out = shown.join(done, on=(RECOMMENDATION_ID, ITEM_ID), how="left", maintain_order="left").with_columns(
         *(pl.col(name).fill_null(False) for name in DID), pl.Series("known", known, dtype=pl.Boolean),
-        pl.Series("place", place, dtype=pl.Int32), pl.Series("retrieval", retrieval, dtype=pl.Float64))
+        pl.Series("place", place, dtype=pl.Int32), pl.Series("retrieval", retrieval, dtype=pl.Float64), pl.Series("alike", alike, dtype=pl.Float64))
     return Feedback(out, values, service.inputs, service.name, histories(lists, past, most=history), asof, shown_before(lists))
 
 # %% ../../nbs/400_training/455_feedback.ipynb #52ba241d
-def _values(shown: pl.DataFrame, kept: Mapping[str, str | None], service: Service) -> tuple[np.ndarray, list[bool], list[int], list[float | None]]:
-    "Per slot: features, whether there were any, and place and score of retrieval; those of the slate itself where the log does not say."
+def _values(shown: pl.DataFrame, kept: Mapping[str, str | None], service: Service) -> tuple[np.ndarray, list[bool], list[int], list[float | None], list[float | None]]:
+    "Per slot: features, whether there were any, and place and score of retrieval, those of the slate itself where the log does not say, and likeness."
     out, known = np.full((shown.height, len(service.inputs)), np.nan, np.float32), [False] * shown.height
     place, retrieval, at = shown[RANK].to_list(), shown[SCORE].to_list(), 0
+    alike: list[float | None] = [None] * shown.height
     for (id,), part in shown.group_by(RECOMMENDATION_ID, maintain_order=True):
         items, said = part[ITEM_ID].to_list(), json.loads(kept[id] or "{}")
         for n, item in enumerate(items, at):
-            if (before := (said.get("retrieved") or {}).get(item)) is not None: place[n], retrieval[n] = before
+            if (before := (said.get("retrieved") or {}).get(item)) is not None: place[n], retrieval[n], alike[n] = (*before, None)[:3]
         if said.get("service") in SERVICES and (said.get("user") is not None or said.get("items") is not None):
             out[at:at + len(items)] = _columns(logged(said, items), SERVICES[said["service"]], service)
             known[at:at + len(items)] = [True] * len(items)
         at += len(items)
-    return out, known, place, retrieval
+    return out, known, place, retrieval, alike
 
 
 def _columns(values: np.ndarray, of: Service, wanted: Service) -> np.ndarray:
