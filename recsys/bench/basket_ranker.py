@@ -116,7 +116,7 @@ class Shop:
         past = spans(self.split, part, self.plan.windows, since=int(self.log.ts.min()))
         return [self.lists(span, seed) for span in past if len(self.log.between(*span))], self.lists(self.split.window(part), seed)
 
-
+# %% ../../nbs/800_bench/828_basket_ranker.ipynb #8280a001
 def tuned(shop: Shop, *, seed: int) -> dict[str, Any]:
     "Decay by recall, then the power of a line's worth by revenue, on the validation: what was tried, and what is best."
     past, asked = shop.parts("validation", seed)
@@ -278,7 +278,7 @@ def plot(report: Mapping[str, Any], file: Path) -> None:
     axis.legend(ncols=5, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 0.95), frameon=False)
     figure.savefig(file)
 
-
+# %% ../../nbs/800_bench/828_basket_ranker.ipynb #8280a011
 def keep(report: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     "The figures as JSON and the plot, in a folder."
     Path(folder).mkdir(parents=True, exist_ok=True)

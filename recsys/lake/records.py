@@ -126,7 +126,7 @@ def key_of_answer(recommendation_id: str) -> bytes:
     "16 bytes that stand for a recommendation's id: what its 32 hex digits say, so that ids which rise with time lie together in the index."
     return bytes.fromhex(recommendation_id) if _HEX.fullmatch(recommendation_id) else key_of(recommendation_id)
 
-
+# %% ../../nbs/100_lake/100_records.ipynb #1000a001
 def event_rows(events: Iterable[Mapping[str, Any]]) -> list[Row]:
     "Check and encode events. Raises RecordError, naming the field, if one has not the columns and types of `schema.EVENTS`."
     try:

@@ -44,7 +44,7 @@ class Facts:
         since = rows[AVAILABLE_FROM].cast(pl.Float64).fill_null(float("nan")).to_numpy()
         return cls(category, _codes(rows[CATEGORY].str.split("/").list.first()), _codes(rows[BRAND]), price, level, since.copy())
 
-# %% ../../nbs/500_models/572_rankinputs.ipynb #c16345b7
+# %% ../../nbs/500_models/572_rankinputs.ipynb #5720a001
 _FAR = {VIEW: 1.0, CART: 2.0, PURCHASE: 3.0, RATING: 3.0}
 _LIVES = {"now": 3_600_000.0, "lately": 3 * 86_400_000.0, "ever": 30 * 86_400_000.0}  # ms in which an event's weight halves
 MATCHES = (*(f"{what}_{when}" for when in _LIVES for what in ("category", "department", "brand")), "price_gap", "price_gap_squared", "price_level", "price_level_squared",
@@ -53,6 +53,21 @@ _TIRED = 2 * 86_400_000.0  # ms in which having been shown counts half (impressi
 _NONE = np.empty(0, np.int64)
 
 
+def _tired(shown: np.ndarray, age: np.ndarray, candidates: np.ndarray) -> np.ndarray | float:
+    "Log of how often each candidate was shown, lately counting most; as a number that the catalogue of the day may be too small for."
+    if not len(shown): return 0.0
+    times = np.bincount(shown, np.exp2(-age / _TIRED), minlength=int(candidates.max(initial=0)) + 1)
+    times[0] = 0  # not known
+    return np.log1p(times)[candidates]
+
+
+def _share(codes: np.ndarray, met: np.ndarray, weight: np.ndarray, at: np.ndarray) -> np.ndarray:
+    "Log of the weight of what was met with the same code as each candidate; the unknown code matches nothing."
+    sums = np.bincount(codes[met], weight, minlength=int(codes.max(initial=0)) + 1)
+    sums[0] = 0
+    return np.log1p(10 * sums)[codes[at]]
+
+# %% ../../nbs/500_models/572_rankinputs.ipynb #c16345b7
 def matches(
     facts: Facts,
     met: np.ndarray,  # int [H], items of the shopper, oldest first
@@ -80,21 +95,6 @@ def matches(
     days = np.nan_to_num(np.maximum(now - facts.since[at], 0) / 86_400_000, nan=365.0)
     columns += [gap, gap**2, facts.level[at], facts.level[at]**2, np.log1p(len(met)), idle, np.log1p(days), np.exp2(-days / 5), _tired(shown, np.maximum(now - shown_at, 0), candidates)]
     return np.stack([np.broadcast_to(np.asarray(c, np.float32), at.shape) for c in columns], axis=1)
-
-
-def _tired(shown: np.ndarray, age: np.ndarray, candidates: np.ndarray) -> np.ndarray | float:
-    "Log of how often each candidate was shown, lately counting most; as a number that the catalogue of the day may be too small for."
-    if not len(shown): return 0.0
-    times = np.bincount(shown, np.exp2(-age / _TIRED), minlength=int(candidates.max(initial=0)) + 1)
-    times[0] = 0  # not known
-    return np.log1p(times)[candidates]
-
-
-def _share(codes: np.ndarray, met: np.ndarray, weight: np.ndarray, at: np.ndarray) -> np.ndarray:
-    "Log of the weight of what was met with the same code as each candidate; the unknown code matches nothing."
-    sums = np.bincount(codes[met], weight, minlength=int(codes.max(initial=0)) + 1)
-    sums[0] = 0
-    return np.log1p(10 * sums)[codes[at]]
 
 # %% ../../nbs/500_models/572_rankinputs.ipynb #572a1002
 _MONTH = 30 * 86_400_000.0  # ms in which it counts half that something was met

@@ -28,7 +28,7 @@ if TYPE_CHECKING: from recsys.training.ranknet import Shape
 
 # %% ../../nbs/500_models/578_rankjudge.ipynb #1db68cde
 CUTS = (0.25, 0.5, 0.75, 1.0)
-HALVES = (0.5, 1.0)  # of visits there are more
+HALVES = (0.5, 1.0)  # of visits there are more, and a ranker that reigns is asked each night
 LOOKS = -np.log(np.log2(np.arange(2, 502)))  # log odds of a place of a visit's candidates, where nobody saw one: the discount of DCG (Järvelin & Kekäläinen 2002)
 VETO = 0.99  # confidence that what was drawn speaks against it, and that visits speak for it: both are asked each night
 
@@ -88,7 +88,7 @@ def judge(
     how: dict[str, Any] = {"seed": seed, "objective": objective, "shape": shape}
     facts = Facts.of(items)
     feedback, organic = compared(feedback, facts, vocab), compared(organic, facts, vocab) if organic is not None else None
-    cuts = [(earlier, later) for earlier, later in forward(feedback) if len(earlier)] if len(feedback) >= 2 * least else []
+    cuts = [(earlier, later) for earlier, later in forward(feedback, HALVES if reigning else CUTS) if len(earlier)] if len(feedback) >= 2 * least else []
     parts = [_answered(later, opinions(fit(earlier, vocab, items, organic=_before(organic, later), **how), later, vocab), objective) for earlier, later in cuts]
     tried = reigning and sum(p.wanted for p in parts) >= least and any(len(p.whose_pair) > 1 for p in parts)  # what was drawn decides
     walks = [(earlier, later) for earlier, later in forward(organic, HALVES) if len(earlier)] if organic is not None and len(organic) >= 2 * least and not tried else []

@@ -15,6 +15,7 @@ import polars as pl
 
 from ..features.definitions import RANKER_V1, Service
 from ..features.offline import training_frame
+from ..lake.records import LISTS_MS
 from ..models.contract import Model
 from ..models.release import write_bundle
 from ..prep.sessions import SESSION, sessions
@@ -92,6 +93,7 @@ def organic(
     """A list for each visit: retrieval's candidates in its order, each in the first place (nobody saw another), with what was done. Visits that opened nothing of it are left out, for they tell
     no candidate from another."""
     if engine.asof > start: raise ValueError(f"the engine learned until {engine.asof}, and visits from {start} on are asked about: it would know the answers; give one that was fitted before")
+    if impressions is not None: impressions = impressions.filter(pl.col(TS).is_between(start - LISTS_MS, end))
     came = visits(events, start=start, end=end, gap_ms=gap_ms, most=most)
     pasts, names = _pasts(came, events, history), [f"visit-{start}-{n}" for n in range(len(came))]
     offered = _offered(came, impressions, gap_ms) if impressions is not None else [[] for _ in names]

@@ -61,7 +61,7 @@ def _before(worker: Worker, engine: Engine, user: str, now: int, *, lost: bool) 
         lists = None
     return Before.of(engine.catalogue, lists)
 
-
+# %% ../../nbs/600_serving/666_lists.ipynb #6660a001
 def _asked(engine: Engine, request: RecommendationRequest, known: Known | None, *, now: int) -> Asked:
     "The question with its candidates: those of before, where nothing has changed."
     if known is None or request.items: return engine.ask(request, known.past if known else NO_PAST, now=now)
@@ -71,7 +71,7 @@ def _asked(engine: Engine, request: RecommendationRequest, known: Known | None, 
         if found.found is not None: known.keep(request, season, found)
     return found
 
-
+# %% ../../nbs/600_serving/666_lists.ipynb #6660a011
 async def _record(worker: Worker, impressions: Sequence[dict[str, Any]]) -> None:
     try: await worker.commits.record(impressions)
     except EventLogError as e:
