@@ -255,7 +255,9 @@ class Engine:
         if query.now != now: query = replace(query, now=now)
         if before is not None: query = replace(query, shown=before.items, shown_at=before.times)
         if found is None: tier, age, found = self._without_models(query)
-        if asked.found is not None and self.ranker is not None: found = self.compared(query, found)
+        if asked.found is not None and self.ranker is not None:
+            try: found = self.compared(query, found)
+            except Exception as e: self._failed("likeness failed", e)  # noqa: BLE001  the ladder
         as_found, drawn = found, self.how.explore > 0
         if asked.found is not None and self.ranker is not None:
             found, fallen, rows = self._ranked(query, found, features)
@@ -278,7 +280,7 @@ class Engine:
         except Exception as e:  # noqa: BLE001  the ladder
             self._failed("features failed", e)
             tier = WITHOUT_FEATURES
-        if rows is not None and rows.missing: tier = WITHOUT_FEATURES
+        if (rows is not None and rows.missing) or (self.likeness is not None and found.alike is None): tier = WITHOUT_FEATURES
         try:
             scores = np.asarray(self.ranker.rank(asked, found, rows), np.float32)  # type: ignore[union-attr]
             if scores.shape != (len(found),) or not np.isfinite(scores).all(): raise ValueError(f"{scores.shape} scores for {len(found)} candidates, or some that are not finite")
