@@ -252,6 +252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'recsys.bench.serving.recall': ('800_bench/serving.html#recall', 'recsys/bench/serving.py'),
                                       'recsys.bench.serving.resident': ('800_bench/serving.html#resident', 'recsys/bench/serving.py'),
                                       'recsys.bench.serving.serving': ('800_bench/serving.html#serving', 'recsys/bench/serving.py'),
+                                      'recsys.bench.serving.speeds': ('800_bench/serving.html#speeds', 'recsys/bench/serving.py'),
                                       'recsys.bench.serving.summary': ('800_bench/serving.html#summary', 'recsys/bench/serving.py'),
                                       'recsys.bench.serving.with_features': ( '800_bench/serving.html#with_features',
                                                                               'recsys/bench/serving.py')},
