@@ -127,6 +127,14 @@ def test_what_a_ranker_was_told_is_what_it_learns_from(shop: Home, monkeypatch: 
     assert kept[found[3]["recommendation_id"]][0] == 0 and kept[found[5]["recommendation_id"]][0] == (not batch)
 
 
+def test_likeness_is_on_record_of_what_a_ranker_put_in_order(shop: Home):
+    lake = Lake(shop.lake)
+    slots = gather(lake.scan("impressions"), lake.scan("events"), asof=10**15).slots
+    watched = slots.filter(pl.col("bundle").is_in(slots.filter(pl.col("alike").is_not_null())["bundle"].unique().implode()))
+    assert len(watched) and watched["alike"].is_not_null().mean() > 0.5  # a newcomer, and an item of which the network knows nothing, have none
+    assert watched["alike"].abs().max() < 2.5 and watched["alike"].n_unique() > 100
+
+
 def test_a_log_that_forgets_what_was_shown_costs_a_rung_and_no_answer(shop: Home, monkeypatch: pytest.MonkeyPatch):
     if not bundle.manifest(bundle.champion(shop.registry)).about["ranker"]: pytest.skip("the test before ships it")
     log = open_log(shop)

@@ -137,7 +137,7 @@ def _features_tile(seen: Snapshot, state: str) -> str:
     of = seen.features
     lag = "–" if of.behind_ms is None else duration(of.behind_ms) if of.behind_ms else "none"
     items = f"items {duration(seen.now - of.items_asof)} old" if of.items_asof else "no matrix"
-    same = f"parity: {of.mismatches:,} of {of.compared:,} differ" if of.checked else "not compared"
+    same = f"parity: {of.mismatches:,} of {of.compared:,} differ" if of.compared else "parity: nothing to compare yet" if of.checked else "not compared"
     return tile("Feature lag", lag, "", f"{items}; {same}", state=state, key="features")
 
 
