@@ -30,6 +30,7 @@ seeds  garden     2.5  in   Seeds
 lamp   home/light 30.0 in   Lamp
 """
 
+# %% ../nbs/000_core/040_synth.ipynb #0400a001
 _VISITS = """
 1 09:00 ann view mug
 1 09:02 ann view pot

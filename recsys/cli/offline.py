@@ -96,7 +96,7 @@ def fit(
     return {"bundle": str(path), "model": chosen.recipe.model, "recipe": chosen.recipe.plain, "validation": metrics, "tried": chosen.tried, "data": corpus.plain,
             "seconds": round(now(clock) - min(began, started), 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
 
-
+# %% ../../nbs/900_cli/920_offline.ipynb #9200a001
 def _place(out: Path) -> Path:
     "Refuse a folder that holds something else."
     if out.exists() and not out.is_dir(): raise FileError(f"{out}: is a file; --out names a folder for the bundle")

@@ -138,7 +138,7 @@ def build(
         if since[v.name] is not None: offline.compact(v.name, keep_days=1)
     return {v.name: Built(v.name, offline.rows(v.name), since[v.name], offline.version(v.name)) for v in views}
 
-
+# %% ../../nbs/300_features/320_offline.ipynb #3200a001
 def _write(lake: Lake, offline: Lake, views: Sequence[View], *, since: int, marks: dict[str, dict[str, int]], engine: Engine | str, rows_at_once: int,
            work: Path | None) -> None:
     "Make rows of views anew that need the same events; these are cleaned once, and kept in a file for the time."

@@ -50,6 +50,7 @@ _LIVES = {"now": 3_600_000.0, "lately": 3 * 86_400_000.0, "ever": 30 * 86_400_00
 MATCHES = (*(f"{what}_{when}" for when in _LIVES for what in ("category", "department", "brand")), "price_gap", "price_gap_squared", "price_level", "price_level_squared",
            "history", "idle_hours", "age_days", "fresh", "shown")
 _TIRED = 2 * 86_400_000.0  # ms in which having been shown counts half (impression discounting: Lee et al. 2014)
+_MONTH = 30 * 86_400_000.0  # ms in which it counts half that something was met, see `Likeness`
 _NONE = np.empty(0, np.int64)
 
 
@@ -97,9 +98,6 @@ def matches(
     return np.stack([np.broadcast_to(np.asarray(c, np.float32), at.shape) for c in columns], axis=1)
 
 # %% ../../nbs/500_models/572_rankinputs.ipynb #572a1002
-_MONTH = 30 * 86_400_000.0  # ms in which it counts half that something was met
-
-
 @dataclass(frozen=True, eq=False)
 class Likeness:
     "Vectors of a network's items, and what is common to all and to each category; row 0 is the unknown item."
@@ -122,8 +120,7 @@ class Likeness:
         sums = np.stack([np.bincount(kinds, column, minlength=int(category.max(initial=0)) + 1) for column in left.T], axis=1)
         return cls(vectors, category, centre, lengths, (sums / np.maximum(np.bincount(kinds, minlength=len(sums)), 1)[:, None]).astype(np.float32))
 
-    def _rows(self, items: np.ndarray) -> np.ndarray:
-        return (self.vectors[items] - self.centre) / self.lengths[items, None] - self.middle[self.category[items]]
+    def _rows(self, items: np.ndarray) -> np.ndarray: return (self.vectors[items] - self.centre) / self.lengths[items, None] - self.middle[self.category[items]]
 
     def _known(self, items: np.ndarray) -> np.ndarray: return (items < len(self.lengths)) & (self.lengths[np.where(items < len(self.lengths), items, 0)] > 0)
 

@@ -255,12 +255,11 @@ class Engine:
         if query.now != now: query = replace(query, now=now)
         if before is not None: query = replace(query, shown=before.items, shown_at=before.times)
         if found is None: tier, age, found = self._without_models(query)
-        if asked.found is not None and self.ranker is not None:
-            try: found = self.compared(query, found)
-            except Exception as e: self._failed("likeness failed", e)  # noqa: BLE001  the ladder
         as_found, drawn = found, self.how.explore > 0
         if asked.found is not None and self.ranker is not None:
-            found, fallen, rows = self._ranked(query, found, features)
+            try: as_found = self.compared(query, found)
+            except Exception as e: self._failed("likeness failed", e)  # noqa: BLE001  the ladder
+            found, fallen, rows = self._ranked(query, as_found, features)
             tier, drawn = lower(tier, fallen), True
         shown, propensity = explore(arrange(found, query, self.catalogue, self.how, asked.rules), query.k, self.catalogue, self.how, seed=seed)
         slots = slots_of(self.catalogue, query, shown, propensity)

@@ -21,7 +21,7 @@ def _random16() -> bytes:
     _ready.extend(fresh[at:at + 16] for at in range(16, len(fresh), 16))
     return fresh[:16]
 
-
+# %% ../../nbs/600_serving/604_ids.ipynb #6040a001
 _PLAIN = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
